@@ -1,0 +1,97 @@
+"""How the gates of an NHA layer start: a pure function of its W_k, for models in memory and for streamed ones.
+
+Shapes: G key/value heads, D head_dim, M slots.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from .modeling.attention_nha import nha_layers
+
+METHODS = ("key", "spread", "zero")
+SHORTEST_HORIZON, LONGEST_HORIZON = 8.0, 2000.0  # tokens
+SPREAD_SCALE = 0.3
+REPEAT_NOISE = 0.1  # of the weight's own standard deviation
+
+
+def gate_parameters(
+    key_weight: torch.Tensor, method: str, *, groups: int, slots: int, tau: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Starting weight and bias of one layer's `gate_proj`.
+
+    `key` takes the rows of W_k, so that a slot listens to what the keys encode, with bias 0. With M < D it takes
+    evenly strided rows; with M > D it repeats them, the repeats with a little seeded noise, so that no two slots are
+    the same. `spread` scales that by 0.3 and gives each head's slots biases whose horizons 1 / (1 - a) are
+    log-spaced from 8 to 2000 tokens. `zero` is all zero.
+
+    Args:
+        key_weight: [G * D, hidden], `k_proj.weight`.
+        tau: the configuration's `nha_tau`.
+        seed: seeds the noise of repeated rows; read only when M > D.
+    Returns:
+        weight [G * M, hidden] and bias [G * M], fp32 on the CPU.
+    Raises:
+        ValueError: unknown method, or a weight whose rows do not divide into the groups.
+    """
+    if method not in METHODS:
+        raise ValueError(f"gate_init is {method!r}: it must be one of {', '.join(METHODS)}")
+    rows, hidden = key_weight.shape
+    if rows % groups:
+        raise ValueError(f"k_proj.weight has {rows} rows, which do not divide into {groups} key/value heads")
+    if method == "zero":
+        return torch.zeros(groups * slots, hidden), torch.zeros(groups * slots)
+    weight = _key_rows(key_weight.detach().to("cpu", torch.float32).view(groups, -1, hidden), slots, seed)  # [G,M,hidden]
+    if method == "key":
+        return weight.flatten(0, 1), torch.zeros(groups * slots)
+    return SPREAD_SCALE * weight.flatten(0, 1), horizon_biases(slots, tau).repeat(groups)
+
+
+def _key_rows(key: torch.Tensor, slots: int, seed: int) -> torch.Tensor:
+    """[G, D, hidden] -> [G, M, hidden]: strided for M < D, repeated with noise for M > D."""
+    head_dim = key.shape[1]
+    if slots <= head_dim:
+        return key[:, torch.arange(slots) * head_dim // slots]
+    rows = key[:, torch.arange(slots) % head_dim]
+    generator = torch.Generator().manual_seed(seed)
+    noise = REPEAT_NOISE * key.std() * torch.randn(rows[:, head_dim:].shape, generator=generator)
+    return torch.cat((rows[:, :head_dim], rows[:, head_dim:] + noise), dim=1)
+
+
+def horizon_biases(slots: int, tau: float) -> torch.Tensor:
+    """[M] gate biases whose horizons 1 / (1 - a), a = sigmoid(bias) ** (1 / tau), are log-spaced, shortest first."""
+    ends = math.log(SHORTEST_HORIZON), math.log(LONGEST_HORIZON)
+    horizons = torch.linspace(*ends, slots, dtype=torch.float64).exp() if slots > 1 else torch.tensor([math.exp(sum(ends) / 2)])
+    log_sigmoid = tau * torch.log1p(-1 / horizons.double())
+    return (log_sigmoid - torch.log(-torch.expm1(log_sigmoid))).float()
+
+
+def layer_seed(seed: int, layer: int) -> int:
+    """The seed of one layer's noise: different layers differ, and in-memory and streamed conversion agree."""
+    return seed * 100_003 + layer
+
+
+@torch.no_grad()
+def init_gates(model: nn.Module, method: str, *, seed: int) -> None:
+    """Set every NHA layer's gate from its W_k by `method`, its slot-query scale to 1 and its slot bias to 0.
+
+    Raises:
+        ValueError: unknown method.
+    """
+    for index, attention in nha_layers(model):
+        gate = attention.nha
+        weight, bias = gate_parameters(
+            attention.k_proj.weight,
+            method,
+            groups=gate.groups,
+            slots=gate.slots,
+            tau=gate.tau,
+            seed=layer_seed(seed, index),
+        )
+        gate.gate_proj.weight.copy_(weight)
+        gate.gate_proj.bias.copy_(bias)
+        if gate.slot_q_scale is not None:
+            gate.slot_q_scale.fill_(1.0)
+        if gate.slot_bias is not None:
+            gate.slot_bias.fill_(0.0)

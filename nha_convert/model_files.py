@@ -1,0 +1,139 @@
+"""What can be known of a model from its files alone: family, sizes, damaged weights. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+"""The `model_type`s that can be converted; each has a recipe of its name."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def is_model_name(name: str) -> bool:
+    """Whether a command's argument means a model: `embedded`, a folder with a config.json, or the form of a Hub id."""
+    path = Path(name).expanduser()
+    if name == "embedded" or path.is_dir():
+        return name == "embedded" or not (path / "recipe.yaml").is_file()
+    return bool(_HUB_ID.fullmatch(name)) and path.suffix not in (".yaml", ".yml") and not path.is_file()
+
+
+def local_folder(model: str) -> Path | None:
+    """The folder of a model that is on this disk (`embedded` included); None for a Hub id.
+
+    Raises:
+        InputError: neither a folder nor the form of a Hub id, or a folder without config.json.
+    """
+    from .recipe import embedded_teacher
+
+    path = embedded_teacher() if model == "embedded" else Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{path}: holds no config.json, so it is no model folder; name the folder that has one")
+        return path
+    if model != "embedded" and _HUB_ID.fullmatch(model):
+        return None
+    raise InputError(
+        f"{path}: no such model folder; give a folder with config.json, a Hub id such as Qwen/Qwen3-0.6B, or `embedded`"
+    )
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """A model's config.json: from its folder, the Hub's local cache, or (config.json only) the Hub.
+
+    Raises:
+        InputError: it cannot be found or read.
+    """
+    folder = local_folder(model)
+    path = folder / "config.json" if folder else _hub_config(model)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}); fetch the model again") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: a JSON object is needed, found {type(config).__name__}")
+    return config
+
+
+def _hub_config(model: str) -> Path:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(model, "config.json")
+    if isinstance(cached, str):
+        return Path(cached)
+    try:
+        return Path(hf_hub_download(model, "config.json"))
+    except Exception as error:  # the Hub client raises many unrelated classes; each means: not to be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{model}: no such folder, and the Hub gave no config.json ({type(error).__name__}: {reason}); "
+            f"check the name, log in for a gated model (`hf auth login`), or fetch it first: `hf download {model}`"
+        ) from error
+
+
+def family_of(model: str) -> str:
+    """The model's `model_type`, one of `FAMILIES`.
+
+    Raises:
+        InputError: the model cannot be found, is converted already, or is of another family.
+    """
+    return check_family(model, read_config(model))
+
+
+def check_family(model: str, config: dict[str, Any]) -> str:
+    """`family_of` for a config that was read already."""
+    family = str(config.get("model_type", "none"))
+    if family in FAMILIES:
+        return family
+    if family.startswith("nha_"):
+        raise InputError(f"{model}: is an NHA model already (model_type {family}); name the model it was made from")
+    raise InputError(
+        f"{model}: models of type {family} cannot be converted; supported: {', '.join(FAMILIES)} "
+        "(Llama 2/3, Qwen2/2.5, Qwen3); choose a model of one of these families"
+    )
+
+
+def check_safetensors(folder: Path) -> None:
+    """Reads the headers of a model folder's weights and compares them with the files' sizes.
+
+    Raises:
+        InputError: no safetensors, a shard of the index is missing, or a file is truncated; one line per file.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = {path.name for path in folder.glob("*.safetensors")}
+    if index.is_file():
+        try:
+            names |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise InputError(f"{index}: is no index of shards ({error}); fetch the model again") from error
+    if not names:
+        raise InputError(f"{folder}: holds no *.safetensors; pickled weights are not read, save them as safetensors first")
+    wrong = [said for name in sorted(names) if (said := _damage(folder / name))]
+    if wrong:
+        raise InputError("\n".join(f"{said}; fetch it again" for said in wrong))
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a safetensors file, judged by its header and size; None if nothing is."""
+    if not path.is_file():
+        return f"{path}: is missing, but the index names it"
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+        if length is None or length > size - 8:
+            return f"{path}: is truncated inside its header ({size} bytes)"
+        try:
+            header = json.loads(file.read(length))
+            end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return f"{path}: has no safetensors header"
+    if size != 8 + length + end:
+        return f"{path}: is {'truncated' if size < 8 + length + end else 'too long'}: {size} bytes, its header says {8 + length + end}"
+    return None

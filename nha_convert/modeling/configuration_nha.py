@@ -1,0 +1,76 @@
+"""Configurations: the base family's own, plus what the NHA layers need.
+
+Each class keeps every field of its base class, so a teacher's `config.json` plus the fields below is a student's.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+
+@dataclass(kw_only=True)
+class NHAFields:
+    """Fields shared by every NHA configuration.
+
+    Args:
+        nha_windows: one entry per layer: the exact tokens each query sees (itself included; 0 is a pure linear RNN),
+            or None for a layer that keeps the base model's full attention. None for the whole list: all layers full.
+        nha_slots: M, memory slots per key/value head.
+        nha_sinks: S, first tokens of a document that stay exact keys for ever.
+        nha_tau: the slot decay is `sigmoid(logit) ** (1 / nha_tau)`.
+        nha_slot_query_scale: learn a scale per query channel for the slots' scores.
+        nha_slot_bias: learn a bias per head for the slots' scores.
+        nha_mask_empty: mask the slots until they have absorbed something.
+    Raises:
+        ValueError: a field is out of range, or `nha_windows` does not have one entry per layer.
+    """
+
+    nha_windows: list[int | None] | None = None
+    nha_slots: int = 64
+    nha_sinks: int = 4
+    nha_tau: float = 8.0
+    nha_slot_query_scale: bool = True
+    nha_slot_bias: bool = True
+    nha_mask_empty: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        layers: int = self.num_hidden_layers  # type: ignore[attr-defined]
+        if self.nha_windows is None:
+            self.nha_windows = [None] * layers
+        if len(self.nha_windows) != layers:
+            raise ValueError(
+                f"nha_windows has {len(self.nha_windows)} entries but num_hidden_layers is {layers}: "
+                "give one window per layer, None for full attention"
+            )
+        for index, window in enumerate(self.nha_windows):
+            if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 0):
+                raise ValueError(f"nha_windows[{index}] is {window!r}: it must be None or an integer >= 0")
+        if self.nha_slots < 1:
+            raise ValueError(f"nha_slots is {self.nha_slots}: it must be at least 1")
+        if self.nha_sinks < 0:
+            raise ValueError(f"nha_sinks is {self.nha_sinks}: it must be 0 or more")
+        if not self.nha_tau > 0:
+            raise ValueError(f"nha_tau is {self.nha_tau}: it must be positive")
+
+
+class NHALlamaConfig(NHAFields, LlamaConfig):
+    """A Llama whose attention layers may be NHA layers; see `NHAFields`."""
+
+    model_type = "nha_llama"
+
+
+class NHAQwen2Config(NHAFields, Qwen2Config):
+    """A Qwen2 or Qwen2.5 whose attention layers may be NHA layers; see `NHAFields`."""
+
+    model_type = "nha_qwen2"
+
+
+class NHAQwen3Config(NHAFields, Qwen3Config):
+    """A Qwen3 whose attention layers may be NHA layers; see `NHAFields`."""
+
+    model_type = "nha_qwen3"
+
+
+__all__ = ["NHALlamaConfig", "NHAQwen2Config", "NHAQwen3Config"]

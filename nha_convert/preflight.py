@@ -1,0 +1,151 @@
+"""What can be refused before anything is loaded or written: model, family, sizes, text, output folder. No torch."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import InputError
+from .model_files import check_safetensors, local_folder
+from .plan import Dimensions, model_dimensions
+from .recipe import Recipe, load_recipe
+
+NOT_COMPARED = ("output", "runtime.threads", "runtime.logging_steps")
+"""Settings that may differ when a run goes on."""
+
+
+def preflight(recipe: Recipe, out: Path, resume: bool = False) -> Path:
+    """All cheap checks, then the model's folder (a Hub id is fetched, the local cache first).
+
+    Args:
+        out: the run folder.
+        resume: `out` may hold an unfinished or finished run of the same recipe.
+    Returns:
+        The folder of the model.
+    Raises:
+        InputError: something is wrong; nothing was written.
+    """
+    check_inputs(recipe, out, resume)
+    folder = local_folder(recipe.model)
+    if folder is None:
+        from .convert import resolve_model
+
+        folder = resolve_model(recipe.model)
+        check_safetensors(folder)
+    return folder
+
+
+def check_inputs(recipe: Recipe, out: Path, resume: bool = False) -> None:
+    """The checks of `preflight` that fetch no weights.
+
+    Raises:
+        InputError: something is wrong.
+    """
+    dimensions = model_dimensions(recipe.model)
+    folder = local_folder(recipe.model)
+    if folder is not None:
+        check_safetensors(folder)
+    problems = [*_size_problems(recipe, dimensions), *_text_problems(recipe)]
+    if problems:
+        raise InputError("\n".join(problems))
+    check_output(recipe, out, resume)
+
+
+def _size_problems(recipe: Recipe, dimensions: Dimensions) -> list[str]:
+    """Settings that do not fit the model."""
+    windows = recipe.nha.windows(dimensions.layers)
+    problems = []
+    if recipe.stages and all(window is None for window in windows):
+        problems.append(
+            "nha.window: every layer keeps full attention, so the stages have nothing to train; "
+            "set nha.window to a number such as 64, or `stages: []`"
+        )
+    lengths = {f"stages.{index}.sequence_length": stage.sequence_length for index, stage in enumerate(recipe.stages)}
+    lengths["evaluate.sequence_length"] = recipe.evaluate.sequence_length
+    return problems + [
+        f"{key}: {length} is beyond the {dimensions.context} positions of {recipe.model}; set it to at most that"
+        for key, length in lengths.items()
+        if length > dimensions.context
+    ]
+
+
+def _text_problems(recipe: Recipe) -> list[str]:
+    """Local text that is not there."""
+    problems = []
+    for index, source in enumerate(recipe.data.sources):
+        path = Path(source.path or "").expanduser()
+        if source.source == "text":
+            there = any(path.rglob("*.txt")) if path.is_dir() else any(glob.iglob(str(path), recursive=True))
+            if not there:
+                problems.append(
+                    f"data.sources.{index}.path: no text found at {source.path!r}; "
+                    "give a file, a glob or a folder of .txt files"
+                )
+        elif source.source == "dataset" and path.suffix in (".jsonl", ".json", ".parquet") and not path.is_file():
+            problems.append(f"data.sources.{index}.path: no file {source.path!r}; give a .jsonl or .parquet file")
+    return problems
+
+
+def holds_something(folder: Path) -> bool:
+    """Whether a folder has entries, those that a killed write left behind (`.name`) not counted."""
+    return any(not path.name.startswith(".") for path in folder.iterdir())
+
+
+def check_output(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Whether a run may write into `out`.
+
+    Raises:
+        InputError: it holds something and `resume` is not set, or with `resume` it holds another recipe's run.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; choose another folder with --out DIR")
+    if not out.exists() or not holds_something(out):
+        return
+    kept = out / "recipe.yaml"
+    if not resume:
+        go_on = "go on with --resume, " if kept.is_file() else ""
+        raise InputError(f"{out}: is not empty; {go_on}choose another folder with --out DIR, or delete it: rm -r {out}")
+    if not kept.is_file():
+        raise InputError(
+            f"{out}: cannot be resumed, it holds no recipe.yaml and so is no run folder; choose another with --out DIR"
+        )
+    differences = _differences(load_recipe(str(kept)), recipe)
+    if differences:
+        raise InputError(
+            "\n".join(f"{out}: cannot be resumed with another recipe: {one}" for one in differences)
+            + f"\n{out}: undo the change, or start anew with --out DIR"
+        )
+
+
+def _differences(before: Recipe, now: Recipe) -> list[str]:
+    """`key: old in the folder, new now` of every setting that differs and matters."""
+    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+    return [
+        f"{key} is {_shown(old.get(key))} in the folder, {_shown(new.get(key))} now"
+        for key in sorted(old.keys() | new.keys())
+        if key not in NOT_COMPARED and old.get(key) != new.get(key)
+    ]
+
+
+def _shown(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if entries is None or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in entries:
+        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def finished(out: Path) -> bool:
+    """Whether a run folder holds all that a run writes: evaluation, verified export, report."""
+    return all((out / name).is_file() for name in ("eval.json", "verify.json", "report.html")) and (
+        out / "export" / "config.json"
+    ).is_file()

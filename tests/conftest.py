@@ -1,0 +1,99 @@
+"""Pico models and a byte tokenizer for every test: two layers, hidden 64, random weights that are not near zero."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach a network
+
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+PICO_VOCABULARY = 264
+
+_SHARED: dict[str, Any] = {
+    "vocab_size": PICO_VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+PICO_MODELS: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**_SHARED),
+    "llama_tied_rope": lambda: LlamaConfig(
+        **_SHARED, tie_word_embeddings=True, rope_parameters=_LLAMA3_ROPE, head_dim=32, attention_bias=True
+    ),
+    "qwen2": lambda: Qwen2Config(**_SHARED),
+    "qwen2_tied": lambda: Qwen2Config(**_SHARED, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**_SHARED, head_dim=32),
+    "qwen3_tied": lambda: Qwen3Config(**_SHARED, head_dim=16, tie_word_embeddings=True),
+}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """256 bytes, then <s> 256, </s> 257, <pad> 258."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def make_pico(name: str, folder: Path, **save: Any) -> Path:
+    """Write a pico model of `PICO_MODELS` with its tokenizer; biases and norms are random too."""
+    torch.manual_seed(sorted(PICO_MODELS).index(name))
+    model = AutoModelForCausalLM.from_config(PICO_MODELS[name]())
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias") or "norm" in key:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder, **save)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def pico_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folder of every pico model, by name."""
+    root = tmp_path_factory.mktemp("pico")
+    return {name: make_pico(name, root / name) for name in PICO_MODELS}
+
+
+@pytest.fixture(scope="session")
+def pico_llama(pico_models: dict[str, Path]) -> Path:
+    return pico_models["llama"]
+
+
+@pytest.fixture(params=sorted(PICO_MODELS))
+def pico(request: pytest.FixtureRequest, pico_models: dict[str, Path]) -> Path:
+    """Folder of a pico model; the test runs once for each."""
+    return pico_models[request.param]

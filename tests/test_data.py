@@ -1,0 +1,186 @@
+"""Training windows: deterministic, apart from held-out text, made of the sources in their shares."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from nha_convert import data
+from nha_convert.data import held_out_tokens, recall_filler, texts, token_stream, training_dataset
+from nha_convert.errors import InputError
+from nha_convert.recipe import Recipe, SourceSettings
+
+WORDS = sorted({"".join(random.Random(i).choices("abcdefgh", k=3)) for i in range(90)})
+
+
+def word_tokenizer(bos: str | None) -> PreTrainedTokenizerFast:
+    """Bytes, and each of `WORDS` with its leading space as one token."""
+    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges = []
+    for word in WORDS:
+        piece = "Ġ"
+        for letter in word:
+            if piece + letter not in vocabulary:
+                vocabulary[piece + letter] = len(vocabulary)
+                merges.append((piece, letter))
+            piece += letter
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos)
+
+
+def make_recipe(sources: list[dict[str, Any]], **data_settings: Any) -> Recipe:
+    stage = {"kind": "align", "tokens": 64 * 96, "sequence_length": 96, "batch_size": 4}
+    return Recipe.model_validate(
+        {
+            "model": "pico",
+            "output": "unused",
+            "data": {"sources": sources, **data_settings},
+            "stages": [stage, stage],
+            "evaluate": {"sequence_length": 64},
+        }
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three text files of numbered lines: nothing stands in them twice."""
+    for name in range(3):
+        lines = [f"file {name} line {line}" for line in range(400)]
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def as_text(tokenizer: PreTrainedTokenizerFast, ids: torch.Tensor) -> str:
+    return tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("bos", ["<s>", None])
+def test_windows_are_consecutive_text_behind_bos(folder: Path, bos: str | None) -> None:
+    tokenizer = word_tokenizer(bos)
+    dataset = training_dataset(make_recipe([{"source": "text", "path": str(folder)}]), 0, tokenizer)
+    everything = "".join(texts(SourceSettings(source="text", path=str(folder)), "train"))
+    assert len(dataset) == 64
+    for item in (dataset[index] for index in range(len(dataset))):
+        assert item["input_ids"].dtype == torch.long and item["input_ids"].shape == (96,)
+        assert torch.equal(item["input_ids"], item["labels"])
+        assert (item["input_ids"][0].item() == tokenizer.bos_token_id) == (bos is not None)
+        assert as_text(tokenizer, item["input_ids"]) in everything
+    assert len({tuple(dataset[index]["input_ids"].tolist()) for index in range(64)}) > 50
+
+
+def test_an_item_depends_on_seed_stage_and_number_alone(folder: Path) -> None:
+    tokenizer = word_tokenizer("<s>")
+    sources = [{"source": "text", "path": str(folder)}, {"source": "recall"}]
+    recipe = make_recipe(sources)
+    forward = training_dataset(recipe, 0, tokenizer)
+    first = [forward[index]["input_ids"] for index in range(12)]
+    random.seed(5)
+    torch.manual_seed(5)
+    backward = training_dataset(recipe, 0, word_tokenizer("<s>"))
+    again = [backward[index]["input_ids"] for index in reversed(range(12))][::-1]
+    assert all(map(torch.equal, first, again))
+    other_stage = training_dataset(recipe, 1, tokenizer)
+    assert not any(torch.equal(other_stage[index]["input_ids"], first[index]) for index in range(12))
+    recipe.seed = 1
+    other_seed = training_dataset(recipe, 0, tokenizer)
+    assert not any(torch.equal(other_seed[index]["input_ids"], first[index]) for index in range(12))
+    with pytest.raises(IndexError):
+        forward[64]
+
+
+def test_sources_come_in_their_shares(folder: Path) -> None:
+    """Recall documents are told from text by what no text holds: a one-token word of the vocabulary."""
+    tokenizer = word_tokenizer("<s>")
+    sources = [{"source": "text", "path": str(folder), "weight": 1}, {"source": "recall", "weight": 3}]
+    recipe = make_recipe(sources)
+    recipe.stages[0].tokens = 400 * 96
+    dataset = training_dataset(recipe, 0, tokenizer)
+    words = set(dataset.recall.words) if dataset.recall else set()
+    items = [set(dataset[index]["input_ids"].tolist()) for index in range(len(dataset))]
+    share = sum(len(item & words) > 3 for item in items) / len(items)
+    assert len(items) == 400
+    assert 0.65 < share <= 0.80  # 0.75 +- 4.6 standard deviations; a document of repeated text holds few words
+
+
+def test_held_out_text_is_never_trained_on(folder: Path) -> None:
+    source = SourceSettings(source="text", path=str(folder))
+    train, held_out = ("".join(texts(source, split)) for split in data.SPLITS)
+    everything = "".join((folder / f"{name}.txt").read_text() for name in range(3))
+    assert train + held_out == everything
+    assert len(held_out) == len(everything) // 20
+    tokenizer = word_tokenizer("<s>")
+    recipe = make_recipe([{"source": "text", "path": str(folder)}], held_out_tokens=200)
+    tokens = held_out_tokens(recipe, tokenizer)
+    assert tokens.dtype == torch.long and tokens.shape == (200,)
+    assert held_out.startswith(as_text(tokenizer, tokens))
+    assert as_text(tokenizer, torch.tensor(recall_filler(recipe, tokenizer))) == held_out
+
+
+def test_dataset_rows_are_held_out_every_twentieth(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [f"row {index} " for index in range(100)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"body": row}) + "\n" for row in rows))
+    parquet.write_table(pyarrow.table({"body": rows}), tmp_path / "rows.parquet")
+    for name in ("rows.jsonl", "rows.parquet"):
+        source = SourceSettings(source="dataset", path=str(tmp_path / name), column="body")
+        train, held_out = (list(texts(source, split)) for split in data.SPLITS)
+        assert held_out == rows[19::20]
+        assert train == [row for row in rows if row not in held_out]
+
+
+def test_a_source_is_tokenised_once_and_only_up_to_its_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = word_tokenizer("<s>")
+    source = SourceSettings(source="text", path=str(folder))
+    short = token_stream(source, tokenizer, "train", limit=10)
+    assert 10 <= len(short)
+    monkeypatch.setattr(data, "texts", lambda *_: pytest.fail("read again"))
+    assert token_stream(source, tokenizer, "train", limit=10) is short
+
+
+def test_stdlib_splits_do_not_overlap() -> None:
+    source = SourceSettings(source="stdlib")
+    train, held_out = (set(texts(source, split)) for split in data.SPLITS)
+    assert len(train) > 100 and len(held_out) > 5
+    assert not {text for text in train & held_out if text.strip()}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"source": "text", "path": "{}/none*.txt"}, "no text found at"),
+        ({"source": "dataset", "path": "{}/0.txt"}, "a .jsonl or .parquet file is needed"),
+        ({"source": "dataset", "path": "{}/broken.jsonl"}, r"broken.jsonl:2: not JSON"),
+        ({"source": "dataset", "path": "{}/good.jsonl", "column": "body"}, "has no column 'body'; its columns: text"),
+        ({"source": "dataset", "path": "{}/good.jsonl"}, "has 5 tokens to train on, fewer than one window"),
+        ({"source": "dataset", "path": "{}/no.parquet"}, "not a parquet file"),
+    ],
+)
+def test_bad_sources_say_what_is_wrong(folder: Path, source: dict[str, str], message: str) -> None:
+    (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (folder / "good.jsonl").write_text('{"text": "hello"}\n')
+    (folder / "no.parquet").write_text("this is text")
+    recipe = make_recipe([{**source, "path": source["path"].format(folder)}])
+    with pytest.raises(InputError, match=message):
+        training_dataset(recipe, 0, word_tokenizer(None))
+
+
+def test_recall_needs_words(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    recipe = make_recipe([{"source": "text", "path": str(folder)}, {"source": "recall"}])
+    with pytest.raises(InputError, match="recall needs 64 one-token words"):
+        training_dataset(recipe, 0, tokenizer)
+
+
+def test_too_little_held_out_text(folder: Path) -> None:
+    recipe = make_recipe([{"source": "text", "path": str(folder / "0.txt")}])
+    recipe.evaluate.sequence_length = 4096
+    with pytest.raises(InputError, match="evaluate.sequence_length = 4096"):
+        held_out_tokens(recipe, word_tokenizer(None))

@@ -1,0 +1,144 @@
+"""Whatever stops a run, the one that goes on ends with the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stages import make_recipe, train
+
+from nha_convert.errors import InputError, WorkError
+from nha_convert.train import trainer
+
+PLACES = ("step:0:2", "optimizer:0:4", "step:0:6", "done:0", "step:1:5", "marker:1:8", "done:1")
+
+
+def same(tensors: dict[str, torch.Tensor], model: Any) -> None:
+    found = model.state_dict()
+    assert found.keys() == tensors.keys()
+    assert [name for name in tensors if not torch.equal(tensors[name], found[name])] == []
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without the only column that may differ between two runs."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def test_killed_in_every_place(pico_llama: Path, text: Path, uninterrupted: dict[str, Any], tmp_path: Path) -> None:
+    """One run killed seven times, at steps, in the middle of saves and before done.json, then finished."""
+    here = Path(__file__).resolve().parent
+    paths = [str(here.parents[1]), str(here.parents[1] / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    for place in PLACES:
+        command = [sys.executable, str(here / "stages.py"), str(pico_llama), str(tmp_path), str(text), place]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == -signal.SIGKILL, (place, ended.stderr[-2000:])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "02-distill", "st')
+    model, summaries = train(pico_llama, tmp_path, make_recipe(text), resume=True)
+    same(uninterrupted["tensors"], model)
+    assert rows(tmp_path) == rows(uninterrupted["folder"])
+    for mine, theirs in zip(summaries, uninterrupted["summaries"]):
+        assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """SIGTERM to this process in the middle of a step."""
+    real = trainer.NHATrainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.NHATrainer, "training_step", training_step)
+
+
+def test_sigterm_saves_and_raises(
+    pico_llama: Path, text: Path, uninterrupted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(WorkError, match=r"01-align: stopped by SIGTERM at step 5 of 9.*--resume"):
+            train(pico_llama, tmp_path, make_recipe(text))
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert sorted(path.name for path in (tmp_path / "stages/01-align").iterdir()) == ["checkpoint-5"]
+    model, _ = train(pico_llama, tmp_path, make_recipe(text), resume=True)
+    same(uninterrupted["tensors"], model)
+    assert rows(tmp_path) == rows(uninterrupted["folder"])
+
+
+def test_a_finished_stage_is_loaded_not_run(
+    pico_llama: Path, text: Path, uninterrupted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(trainer.NHATrainer, "training_step", training_step)
+    model, summaries = train(pico_llama, uninterrupted["folder"], make_recipe(text), resume=True)
+    same(uninterrupted["tensors"], model)
+    assert summaries == uninterrupted["summaries"]
+
+
+def test_work_of_other_settings_is_refused(pico_llama: Path, text: Path, uninterrupted: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="other settings"):
+        train(pico_llama, uninterrupted["folder"], make_recipe(text, seed=4), resume=True)
+
+
+def test_a_checkpoint_without_marker_does_not_count(
+    pico_llama: Path, text: Path, uninterrupted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(WorkError):
+            train(pico_llama, tmp_path, make_recipe(text))
+    (tmp_path / "stages/01-align/checkpoint-4/COMPLETE").unlink()
+    (tmp_path / "stages/01-align/checkpoint-4/trained.safetensors").write_bytes(b"")
+    model, _ = train(pico_llama, tmp_path, make_recipe(text), resume=True)
+    same(uninterrupted["tensors"], model)
+    assert rows(tmp_path) == rows(uninterrupted["folder"])
+
+
+def test_checkpoints_hold_only_what_learns(pico_llama: Path, text: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from safetensors import safe_open
+
+    seen: dict[str, list[str]] = {}
+    real = trainer.finish_checkpoint
+
+    def finish(partial: Path, marker: dict[str, Any]) -> Path:
+        assert not (partial / "COMPLETE").exists()
+        folder = real(partial, marker)
+        with safe_open(folder / "trained.safetensors", "pt") as file:
+            seen[folder.parent.name] = list(file.keys())
+        files = {path.name for path in folder.iterdir()}
+        assert files == {
+            "COMPLETE",
+            "meter.json",
+            "optimizer.pt",
+            "rng_state.pth",
+            "scheduler.pt",
+            "trained.safetensors",
+            "trainer_state.json",
+        }
+        return folder
+
+    monkeypatch.setattr(trainer, "finish_checkpoint", finish)
+    train(pico_llama, tmp_path, make_recipe(text))
+    assert seen["01-align"] and all(".nha." in name for name in seen["01-align"])
+    assert all(".nha." in name or ".lora_" in name for name in seen["02-distill"])
+    assert any(".lora_" in name for name in seen["02-distill"])
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert found == [
+        "metrics.jsonl",
+        "stages/01-align/done.json",
+        "stages/01-align/trained.safetensors",
+        "stages/02-distill/done.json",
+        "stages/02-distill/trained.safetensors",
+    ]
