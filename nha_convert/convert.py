@@ -23,7 +23,7 @@ from .modeling import NHALlamaConfig, NHAQwen2Config, NHAQwen3Config
 from .modeling.attention_nha import nha_layers
 from .settings import NHASettings
 
-CONFIGS = {"llama": NHALlamaConfig, "qwen2": NHAQwen2Config, "qwen3": NHAQwen3Config}
+CONFIGS: dict[str, Any] = {"llama": NHALlamaConfig, "qwen2": NHAQwen2Config, "qwen3": NHAQwen3Config}
 WEIGHTS, INDEX, NEW_WEIGHTS = "model.safetensors", "model.safetensors.index.json", "model-nha.safetensors"
 BASE_WEIGHTS = "model-base.safetensors"  # `model.safetensors` would be read in place of the index
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
@@ -52,7 +52,9 @@ def resolve_model(name: str) -> Path:
         return snapshot
     except Exception as error:  # the Hub client raises many unrelated classes; each means: not to be had
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        offline = " HF_HUB_OFFLINE is set, so only the local cache was read;" if os.environ.get("HF_HUB_OFFLINE") else ""
+        offline = (
+            " HF_HUB_OFFLINE is set, so only the local cache was read;" if os.environ.get("HF_HUB_OFFLINE") else ""
+        )
         raise InputError(
             f"{name}: not in the local cache and the Hub did not give it ({reason});{offline} "
             f"fetch it with `hf download {name}`, or give a local folder"
@@ -69,7 +71,7 @@ def _lacks_files(folder: Path) -> bool:
     return not (folder / WEIGHTS).is_file()
 
 
-def nha_config(base_config: PretrainedConfig, nha: NHASettings) -> PretrainedConfig:
+def nha_config(base_config: PretrainedConfig, nha: NHASettings) -> Any:
     """The student's configuration: the base model's, plus the settings.
 
     Raises:
@@ -137,10 +139,11 @@ def load_student(model: Path, nha: NHASettings, *, dtype: torch.dtype | None = N
 
 def _check_missing(folder: Path, missing: set[str], new: set[str]) -> None:
     """Exactly the new parameters may be missing from a base model's weights."""
-    if missing - new:
+    lost = sorted(missing - new)
+    if lost:
         raise InputError(
-            f"{folder}: the weights lack {len(missing - new)} tensors of the base model ({', '.join(sorted(missing - new)[:3])}"
-            "); the folder is incomplete or its config.json is of another model: fetch it again"
+            f"{folder}: the weights lack {len(lost)} tensors of the base model ({', '.join(lost[:3])}); "
+            "the folder is incomplete or its config.json is of another model: fetch it again"
         )
     if new - missing:
         raise InputError(

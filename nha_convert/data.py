@@ -277,8 +277,8 @@ def training_dataset(
     recall = None
     if any(stream is None for _, stream in streams):
         filler = array("i")
-        for _, stream in streams:
-            filler.extend(stream or ())
+        for _, tokens in streams:
+            filler.extend(tokens or ())
         try:
             recall = RecallGenerator(tokenizer, filler)
         except ValueError as error:

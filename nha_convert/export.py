@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ from .errors import InputError, WorkError
 from .model_card import model_card
 from .recipe import DistillStage, Recipe, dump_recipe
 from .remote_code import add_code
+from .run_folder import load_final
+from .run_folder import load_final
 from .tensor_files import StoredTensor, file_hashes, same_bytes, stored_tensors
 from .verify import MANIFEST
 
@@ -65,7 +66,9 @@ def export_model(
     changed = _changed_tensors(state, stored)
     _check_changes(changed, recipe)
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    work = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)  # left by an export that was killed
+    work.mkdir()
     try:
         _write_weights(work, state, stored, changed, max_shard_size)
         _check_untouched(work, stored, changed)
@@ -75,7 +78,6 @@ def export_model(
         card = model_card(json.loads((work / "config.json").read_text(encoding="utf-8")), changed, recipe, evaluation)
         (work / CARD).write_text(card, encoding="utf-8")
         _write_manifest(work, changed, sorted(set(state) - set(stored)))
-        work.chmod(0o755)
         os.replace(work, out)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
@@ -89,8 +91,6 @@ def export_run(run_dir: Path, out: Path) -> Path:
     Raises:
         InputError: not a finished run folder, or `out` holds something.
     """
-    from .pipeline import load_final
-
     run_dir = Path(run_dir)
     model, tokenizer, recipe = load_final(run_dir)
     evaluation = run_dir / "eval.json"

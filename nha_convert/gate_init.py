@@ -42,7 +42,9 @@ def gate_parameters(
         raise ValueError(f"k_proj.weight has {rows} rows, which do not divide into {groups} key/value heads")
     if method == "zero":
         return torch.zeros(groups * slots, hidden), torch.zeros(groups * slots)
-    weight = _key_rows(key_weight.detach().to("cpu", torch.float32).view(groups, -1, hidden), slots, seed)  # [G,M,hidden]
+    weight = _key_rows(
+        key_weight.detach().to("cpu", torch.float32).view(groups, -1, hidden), slots, seed
+    )  # [G,M,hidden]
     if method == "key":
         return weight.flatten(0, 1), torch.zeros(groups * slots)
     return SPREAD_SCALE * weight.flatten(0, 1), horizon_biases(slots, tau).repeat(groups)
@@ -62,7 +64,11 @@ def _key_rows(key: torch.Tensor, slots: int, seed: int) -> torch.Tensor:
 def horizon_biases(slots: int, tau: float) -> torch.Tensor:
     """[M] gate biases whose horizons 1 / (1 - a), a = sigmoid(bias) ** (1 / tau), are log-spaced, shortest first."""
     ends = math.log(SHORTEST_HORIZON), math.log(LONGEST_HORIZON)
-    horizons = torch.linspace(*ends, slots, dtype=torch.float64).exp() if slots > 1 else torch.tensor([math.exp(sum(ends) / 2)])
+    horizons = (
+        torch.linspace(*ends, slots, dtype=torch.float64).exp()
+        if slots > 1
+        else torch.tensor([math.exp(sum(ends) / 2)])
+    )
     log_sigmoid = tau * torch.log1p(-1 / horizons.double())
     return (log_sigmoid - torch.log(-torch.expm1(log_sigmoid))).float()
 

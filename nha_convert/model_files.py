@@ -113,7 +113,9 @@ def check_safetensors(folder: Path) -> None:
         except (ValueError, KeyError, AttributeError) as error:
             raise InputError(f"{index}: is no index of shards ({error}); fetch the model again") from error
     if not names:
-        raise InputError(f"{folder}: holds no *.safetensors; pickled weights are not read, save them as safetensors first")
+        raise InputError(
+            f"{folder}: holds no *.safetensors; pickled weights are not read, save them as safetensors first"
+        )
     wrong = [said for name in sorted(names) if (said := _damage(folder / name))]
     if wrong:
         raise InputError("\n".join(f"{said}; fetch it again" for said in wrong))
@@ -134,6 +136,7 @@ def _damage(path: Path) -> str | None:
             end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             return f"{path}: has no safetensors header"
-    if size != 8 + length + end:
-        return f"{path}: is {'truncated' if size < 8 + length + end else 'too long'}: {size} bytes, its header says {8 + length + end}"
-    return None
+    wanted = 8 + length + end
+    if size == wanted:
+        return None
+    return f"{path}: is {'truncated' if size < wanted else 'too long'}: {size} bytes, its header says {wanted}"

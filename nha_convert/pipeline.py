@@ -17,16 +17,15 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from . import modeling  # noqa: F401  (registers the NHA classes)
-from .convert import load_student, resolve_model
+from .convert import load_student
 from .data import held_out_tokens, recall_filler
-from .errors import InputError
+from .devices import find_device
 from .evaluate.suite import evaluate_student, evaluate_teacher
 from .export import export_model
 from .files import write_json, write_text
 from .plan import make_plan
 from .preflight import preflight
-from .recipe import Recipe, dump_recipe, load_recipe
+from .recipe import Recipe, dump_recipe
 from .report import write_report
 from .train import run_stage
 from .verify import verify_checkpoint
@@ -56,7 +55,7 @@ def run(recipe: Recipe, out: Path | None = None, *, resume: bool = False, quiet:
 
     tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
     model = load_student(teacher_dir, recipe.nha, dtype=getattr(torch, recipe.runtime.dtype), seed=recipe.seed)
-    model.to(device(recipe))
+    model.to(find_device(recipe.runtime.device))
     measure = Measurement(recipe, tokenizer, out / "evaluation", quiet)
     rows = {"teacher": measure.teacher(model), "swapped": measure.student(model, "swapped", teacher=None)}
     for index, stage in enumerate(recipe.stages):
@@ -91,20 +90,6 @@ def _prepare(recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
     if recipe.runtime.threads is not None:
         torch.set_num_threads(recipe.runtime.threads)
-
-
-def device(recipe: Recipe) -> torch.device:
-    """The device a recipe runs on; `auto` takes a GPU where there is one.
-
-    Raises:
-        InputError: `runtime.device` names a device that this machine does not have.
-    """
-    name = recipe.runtime.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"runtime.device: {name} needs a CUDA GPU, found none; use --set runtime.device=cpu")
-    return torch.device(name)
 
 
 class Measurement:
@@ -159,7 +144,7 @@ class Measurement:
         if self._teacher_model is None:
             dtype = getattr(torch, self.recipe.runtime.dtype)
             teacher = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=dtype)
-            self._teacher_model = teacher.to(device(self.recipe)).eval()
+            self._teacher_model = teacher.to(find_device(self.recipe.runtime.device)).eval()
         return self._teacher_model
 
     def summary(self, rows: dict[str, dict[str, Any]], *, seconds: float) -> dict[str, Any]:
@@ -183,27 +168,3 @@ def _save_export_check(model: torch.nn.Module, held_out: torch.Tensor, path: Pat
     beside = path.with_suffix(".tmp")
     save_file({"input_ids": input_ids.cpu().contiguous(), "logits": logits.contiguous()}, beside)
     os.replace(beside, path)
-
-
-def load_final(run_dir: Path) -> tuple[torch.nn.Module, PreTrainedTokenizerBase, Recipe]:
-    """The final model of a run folder, rebuilt from the teacher and the stages' trained tensors.
-
-    Raises:
-        InputError: not a run folder, or a stage of it has not finished.
-    """
-    run_dir = Path(run_dir)
-    if not (run_dir / "recipe.yaml").exists():
-        raise InputError(f"{run_dir}: no recipe.yaml, so this is not a run folder; make one with `nha-convert run`")
-    recipe = load_recipe(str(run_dir / "recipe.yaml"))
-    teacher_dir = resolve_model(recipe.model)
-    tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
-    model = load_student(teacher_dir, recipe.nha, dtype=getattr(torch, recipe.runtime.dtype), seed=recipe.seed)
-    for index in range(len(recipe.stages)):
-        folder = next(iter((run_dir / "stages").glob(f"{index + 1:02d}-*/done.json")), None)
-        if folder is None:
-            raise InputError(
-                f"{run_dir}: stage {index + 1} is not finished; finish it with `nha-convert run {run_dir}/recipe.yaml "
-                f"--out {run_dir} --resume`"
-            )
-        model, _ = run_stage(model, tokenizer, recipe, index, run_dir, resume=True, quiet=True)
-    return model.eval(), tokenizer, recipe

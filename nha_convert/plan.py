@@ -165,9 +165,7 @@ def _contexts(trained: int) -> list[int]:
     return sorted({tokens for tokens in CONTEXTS if tokens < trained} | {trained})
 
 
-def _cache(
-    sizes: Dimensions, nha: NHASettings, windows: list[int | None], element: int, tokens: int
-) -> dict[str, int]:
+def _cache(sizes: Dimensions, nha: NHASettings, windows: list[int | None], element: int, tokens: int) -> dict[str, int]:
     teacher = sizes.layers * sizes.full_cache_bytes(tokens, element)
     student = sum(
         sizes.full_cache_bytes(tokens, element) if window is None else sizes.nha_cache_bytes(nha, window, element)

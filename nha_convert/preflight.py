@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,9 @@ def check_output(recipe: Recipe, out: Path, resume: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; choose another folder with --out DIR")
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"{out}: {existing} is not a folder that you may write to; choose another with --out DIR")
     if not out.exists() or not holds_something(out):
         return
     kept = out / "recipe.yaml"
@@ -118,6 +122,16 @@ def check_output(recipe: Recipe, out: Path, resume: bool) -> None:
             "\n".join(f"{out}: cannot be resumed with another recipe: {one}" for one in differences)
             + f"\n{out}: undo the change, or start anew with --out DIR"
         )
+
+
+def check_new_folder(out: Path) -> None:
+    """Whether `out` is a new or empty folder.
+
+    Raises:
+        InputError: it is a file or holds something.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists and is not an empty folder; choose another, or empty it: rm -r {out}")
 
 
 def _differences(before: Recipe, now: Recipe) -> list[str]:
@@ -146,6 +160,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def finished(out: Path) -> bool:
     """Whether a run folder holds all that a run writes: evaluation, verified export, report."""
-    return all((out / name).is_file() for name in ("eval.json", "verify.json", "report.html")) and (
-        out / "export" / "config.json"
-    ).is_file()
+    return (
+        all((out / name).is_file() for name in ("eval.json", "verify.json", "report.html"))
+        and (out / "export" / "config.json").is_file()
+    )

@@ -41,12 +41,17 @@ __all__ = [
     "apply_override",
     "dump_recipe",
     "embedded_teacher",
+    "evaluate_settings",
     "list_recipes",
     "load_recipe",
     "parse_recipe",
     "recipe_path",
     "recipes_folder",
+    "swap_settings",
 ]
+
+
+_SMALLEST = "{model: embedded, data: {sources: [{source: stdlib}]}, stages: []}"
 
 
 def recipes_folder() -> Path:
@@ -67,12 +72,14 @@ def list_recipes() -> list[str]:
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a shipped recipe's name, or of a path.
+    """The file of a shipped recipe's name, of a run folder, or of a path.
 
     Raises:
         InputError: there is neither; the message names the nearest shipped recipe.
     """
     path = Path(name).expanduser()
+    if (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if path.is_file():
             return path
@@ -103,18 +110,56 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         path = recipes_folder() / f"{family}.yaml"
         last = Path(name).resolve().name if Path(name).is_dir() else name.rsplit("/", 1)[-1]
         return parse_recipe(
-            path.read_text(encoding="utf-8"),
+            _text(path),
             path.name,
             overrides,
             defaults={"model": name, "output": f"runs/{last}"},
         )
-    run = Path(name).expanduser()
-    path = run / "recipe.yaml" if run.is_dir() else recipe_path(name)
+    path = recipe_path(name)
+    if Path(name).expanduser().is_dir():
+        return parse_recipe(_text(path), str(path), overrides, defaults={"output": name})
+    return parse_recipe(_text(path), path.name, overrides)
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error}); a recipe is a YAML file") from error
-    return parse_recipe(text, path.name, overrides)
+
+
+def _only(overrides: list[str], allowed: tuple[str, ...], command: str) -> None:
+    """Refuses settings that a command does not read."""
+    for override in overrides:
+        first = override.removeprefix("~").partition("=")[0].split(".")[0]
+        if first not in allowed:
+            raise InputError(
+                f"--set {override}: `{command}` reads the settings under {' and '.join(f'`{one}`' for one in allowed)} "
+                "alone; the others belong to `nha-convert run`"
+            )
+
+
+def swap_settings(overrides: list[str]) -> tuple[NHASettings, int]:
+    """The `nha` settings, all defaults but for the overrides, and the seed.
+
+    Raises:
+        InputError: an override is wrong, or names another setting.
+    """
+    _only(overrides, ("nha", "seed"), "swap")
+    recipe = parse_recipe(_SMALLEST, "--set", overrides)
+    return recipe.nha, recipe.seed
+
+
+def evaluate_settings(checkpoint: Path, overrides: list[str]) -> EvaluateSettings:
+    """The `evaluate` settings of the recipe inside a checkpoint, or the defaults, with overrides.
+
+    Raises:
+        InputError: an override is wrong, or names another setting.
+    """
+    _only(overrides, ("evaluate",), "eval")
+    path = checkpoint / "recipe.yaml"
+    text = _text(path) if path.is_file() else _SMALLEST
+    return parse_recipe(text, str(path), overrides).evaluate
 
 
 def parse_recipe(
@@ -136,7 +181,9 @@ def parse_recipe(
         where = f"{label}:{mark.line + 1}" if mark else label
         raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(data, dict):
-        raise InputError(f"{label}: a mapping of settings is needed, found {type(data).__name__}; see `recipes show demo`")
+        raise InputError(
+            f"{label}: a mapping of settings is needed, found {type(data).__name__}; see `recipes show demo`"
+        )
     twice = [f"{label}:{line}: {key}: stands twice; keep one" for line, key in duplicate_keys(node)]
     data.update(defaults or {})
     data.setdefault("output", f"runs/{Path(label).stem}")
@@ -201,7 +248,9 @@ def apply_override(data: dict[str, Any], override: str) -> Location:
                 holder[key] = {}
             holder = holder[key]
             if not isinstance(holder, (dict, list)):
-                raise InputError(f"--set {override}: `{'.'.join(parts[: depth + 1])}` is {holder!r} and has no keys inside")
+                raise InputError(
+                    f"--set {override}: `{'.'.join(parts[: depth + 1])}` is {holder!r} and has no keys inside"
+                )
     return tuple(place)
 
 
@@ -218,7 +267,9 @@ def _known(parts: list[str], place: list[str | int], override: str) -> None:
             close = nearest(part, names)
             prefix = ".".join(parts[:depth])
             hint = f", did you mean `{prefix + '.' if prefix else ''}{close}`?" if close else ""
-            raise InputError(f"--set {override}: {'.'.join(parts)}: unknown key{hint}; allowed here: {', '.join(names)}")
+            raise InputError(
+                f"--set {override}: {'.'.join(parts)}: unknown key{hint}; allowed here: {', '.join(names)}"
+            )
         models = [inner for one in models for inner in models_at(one, (part,))]
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from .errors import nearest
 
-Location = tuple[typing.Union[str, int], ...]
+Location = tuple[str | int, ...]
 
 
 def submodels(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -117,7 +117,8 @@ def problem(model: type[BaseModel], error: Any, data: Any) -> str:
         return f"{key}: `kind` is missing; allowed: {context.get('expected_tags', 'align, distill')}"
     if kind == "union_tag_invalid":
         allowed = str(context["expected_tags"]).replace("'", "")
-        return f"{key}.kind: {context['tag']!r} is unknown{_meant(str(context['tag']), allowed.split(', '))}; allowed: {allowed}"
+        tag = str(context["tag"])
+        return f"{key}.kind: {tag!r} is unknown{_meant(tag, allowed.split(', '))}; allowed: {allowed}"
     if kind == "literal_error":
         allowed = str(context["expected"]).replace("'", "").replace(" or ", ", ")
         return f"{key}: found {found!r}{_meant(str(found), allowed.split(', '))}; allowed: {allowed}"
@@ -183,6 +184,4 @@ def _needs(model: type[BaseModel], location: Location) -> str:
 
 def problems(model: type[BaseModel], error: ValidationError, data: Any) -> list[tuple[Location, str]]:
     """(place in the document, sentence) of every error."""
-    return [
-        (_plain(one["loc"], data), problem(model, one, data)) for one in error.errors(include_url=False)
-    ]
+    return [(_plain(one["loc"], data), problem(model, one, data)) for one in error.errors(include_url=False)]

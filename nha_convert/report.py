@@ -173,10 +173,11 @@ def _table(evaluation: dict[str, Any]) -> str:
 
 
 def _figures(evaluation: dict[str, Any], metrics: list[dict[str, Any]]) -> list[str]:
+    losses: list[tuple[str, str | None]] = [*report_plots.loss_curves(metrics)]
     plots: list[tuple[str, str | None]] = [
         ("NLL by position in held-out text", report_plots.nll_by_position(evaluation)),
         ("Recall by distance, with 95 % intervals", report_plots.recall_by_distance(evaluation)),
-        *(report_plots.loss_curves(metrics) or [("Training loss", None)]),
+        *(losses or [("Training loss", None)]),
         ("Alignment error by layer", report_plots.alignment_errors(metrics)),
         ("Slot mass by layer", report_plots.slot_masses(evaluation)),
     ]

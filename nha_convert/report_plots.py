@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from nha_convert.evaluate.table import row_names
 
@@ -124,7 +124,7 @@ def alignment_errors(metrics: list[dict[str, Any]]) -> str | None:
             errors += layers.values()
             axes.plot(*zip(*sorted(layers.items())), "o", color=SERIES[colour], label=f"{name} ({row.get('step')})")
         _log_scale(axes, errors)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
         return inline_svg(figure, "alignment")
 
@@ -198,7 +198,7 @@ def slot_masses(evaluation: dict[str, Any]) -> str | None:
         for key, name in rows:
             layers = [(layer["layer"], layer["mean"]) for layer in evaluation[key]["slot_mass"]]
             axes.plot(*zip(*layers), color=SERIES.get(key, OTHER), label=name, marker="o", markersize=4, linewidth=1)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(bottom=0)
         axes.legend()
         return inline_svg(figure, "slots")

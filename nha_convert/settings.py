@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, field_validator, model_validator
 
@@ -92,8 +92,8 @@ Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=
 Weight = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1, allow_inf_nan=False)]
 Tokens = Annotated[int, BeforeValidator(_tokens)]
-Window = Annotated[Union[int, str, list[Union[int, str]]], BeforeValidator(_window)]
-FullLayers = Annotated[Union[list[int], str], BeforeValidator(_full_layers)]
+Window = Annotated[int | str | list[int | str], BeforeValidator(_window)]
+FullLayers = Annotated[list[int] | str, BeforeValidator(_full_layers)]
 
 
 class NHASettings(Settings):
@@ -130,7 +130,7 @@ class NHASettings(Settings):
         """
         if isinstance(self.window, list) and len(self.window) != num_layers:
             raise InputError(
-                f"nha.window: one entry per layer is needed, found {len(self.window)} for a model of {num_layers} layers"
+                f"nha.window: the model has {num_layers} layers and needs one entry for each, found {len(self.window)}"
             )
         given = self.window if isinstance(self.window, list) else [self.window] * num_layers
         if isinstance(self.full_attention_layers, str):
@@ -143,10 +143,7 @@ class NHASettings(Settings):
             raise InputError(
                 f"nha.full_attention_layers: layers 0 to {num_layers - 1} exist in this model, found {beyond}"
             )
-        return [
-            None if layer in full or window == "full" else int(window)
-            for layer, window in enumerate(given)
-        ]
+        return [None if layer in full or window == "full" else int(window) for layer, window in enumerate(given)]
 
 
 class SourceSettings(Settings):
@@ -237,7 +234,7 @@ class DistillStage(StageSettings):
         return self
 
 
-Stage = Annotated[Union[AlignStage, DistillStage], Field(discriminator="kind")]
+Stage = Annotated[AlignStage | DistillStage, Field(discriminator="kind")]
 
 
 class EvaluateSettings(Settings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -154,10 +155,19 @@ def _run_probe(job: dict[str, Any], python: str) -> tuple[dict[str, Any], str | 
             check=False,
         )
         if done.returncode or not (work / "result.json").is_file():
-            said = [line for line in done.stderr.strip().splitlines() if line.strip()]
-            return {}, f"the checkpoint does not load or run alone: {said[-1] if said else f'exit {done.returncode}'}"
+            return (
+                {},
+                f"the checkpoint does not load or run alone: {_last_words(done.stderr) or f'exit {done.returncode}'}",
+            )
         result: dict[str, Any] = json.loads((work / "result.json").read_text(encoding="utf-8"))
         return result, None
+
+
+def _last_words(stderr: str) -> str:
+    """The last line of a traceback, and the innermost place it names."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    places = re.findall(r'File "([^"]+)", line (\d+)', stderr)
+    return " ".join([*lines[-1:], *(f"({Path(file).name}:{line})" for file, line in places[-1:])])
 
 
 def _judge(result: dict[str, Any]) -> list[str]:

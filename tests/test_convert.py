@@ -18,6 +18,7 @@ from nha_convert.settings import NHASettings
 
 IDS = torch.arange(2 * 40).view(2, 40) * 7 % 251
 SETTINGS = NHASettings(window=6, slots=40, sinks=2)
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def raw_tensors(path: Path) -> dict[str, bytes]:
@@ -223,7 +224,13 @@ def test_hub_id_in_the_cache_works_offline(pico_llama: Path, tmp_path: Path) -> 
     (partial / "model.safetensors").unlink()
     done = subprocess.run(
         [sys.executable, "-c", HUB_SCRIPT, str(tmp_path / "out")],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": str(hub)},
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_CACHE": str(hub),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        },
         capture_output=True,
         text=True,
         check=True,

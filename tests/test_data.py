@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from nha_convert import data
 from nha_convert.data import held_out_tokens, recall_filler, texts, token_stream, training_dataset
 from nha_convert.errors import InputError
+from nha_convert.recall_documents import RecallGenerator
 from nha_convert.recipe import Recipe, SourceSettings
 
 WORDS = sorted({"".join(random.Random(i).choices("abcdefgh", k=3)) for i in range(90)})
@@ -95,18 +96,17 @@ def test_an_item_depends_on_seed_stage_and_number_alone(folder: Path) -> None:
         forward[64]
 
 
-def test_sources_come_in_their_shares(folder: Path) -> None:
-    """Recall documents are told from text by what no text holds: a one-token word of the vocabulary."""
-    tokenizer = word_tokenizer("<s>")
+def test_sources_come_in_their_shares(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = [{"source": "text", "path": str(folder), "weight": 1}, {"source": "recall", "weight": 3}]
     recipe = make_recipe(sources)
     recipe.stages[0].tokens = 400 * 96
-    dataset = training_dataset(recipe, 0, tokenizer)
-    words = set(dataset.recall.words) if dataset.recall else set()
-    items = [set(dataset[index]["input_ids"].tolist()) for index in range(len(dataset))]
-    share = sum(len(item & words) > 3 for item in items) / len(items)
-    assert len(items) == 400
-    assert 0.65 < share <= 0.80  # 0.75 +- 4.6 standard deviations; a document of repeated text holds few words
+    dataset = training_dataset(recipe, 0, word_tokenizer("<s>"))
+    made: list[int] = []
+    real = RecallGenerator.document
+    monkeypatch.setattr(RecallGenerator, "document", lambda self, count: made.append(count) or real(self, count))
+    assert {dataset[index]["input_ids"].shape for index in range(len(dataset))} == {(96,)}
+    assert len(dataset) == 400 and set(made) == {95}
+    assert 0.65 < len(made) / 400 < 0.85  # 0.75, and 4.6 standard deviations to both sides
 
 
 def test_held_out_text_is_never_trained_on(folder: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_source_is_tokenised_once_and_only_up_to_its_limit(folder: Path, monke
     tokenizer = word_tokenizer("<s>")
     source = SourceSettings(source="text", path=str(folder))
     short = token_stream(source, tokenizer, "train", limit=10)
-    assert 10 <= len(short)
+    assert len(short) >= 10
     monkeypatch.setattr(data, "texts", lambda *_: pytest.fail("read again"))
     assert token_stream(source, tokenizer, "train", limit=10) is short
 

@@ -1,7 +1,6 @@
 """Export and verify: an exported folder loads alone, computes the same, and tampering is found."""
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def exported(pico_llama: Path, tokenizer: Any, tmp_path_factory: pytest.TempPath
     return export(pico_llama, tmp_path_factory.mktemp("run") / "export", tokenizer)
 
 
-@pytest.mark.parametrize("name", ["llama_tied_rope", "qwen2", "qwen3_tied"])
+@pytest.mark.parametrize("name", ["llama_tied_rope", "qwen3_tied"])
 def test_fresh_process_reproduces_the_run(name: str, pico_models: Any, tokenizer: Any, tmp_path: Path) -> None:
     _, out = export(pico_models[name], tmp_path / "export", tokenizer)
     result = verify_checkpoint(out, teacher=pico_models[name], quiet=True)
@@ -62,12 +61,22 @@ def test_fresh_process_reproduces_the_run(name: str, pico_models: Any, tokenizer
     assert "max_teacher_difference" not in result
 
 
-def test_untouched_weights_are_the_teacher(pico_models: Any, tokenizer: Any, tmp_path: Path) -> None:
-    _, out = export(pico_models["qwen3"], tmp_path / "export", tokenizer, train=False)
-    result = verify_checkpoint(out, teacher=pico_models["qwen3"], quiet=True)
+def test_untouched_weights_in_shards_are_the_teacher(pico_models: Any, tokenizer: Any, tmp_path: Path) -> None:
+    teacher = pico_models["qwen3"]
+    model = student(teacher, train=False)
+    out = export_model(model, tokenizer, tmp_path / "export", teacher_dir=teacher, max_shard_size="100KB")
+    index = json.loads((out / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
+    names: list[str] = []
+    for shard in sorted(set(index.values())):
+        with safe_open(out / shard, "pt") as file:
+            names += file.keys()
+    assert len(set(index.values())) > 1
+    assert sorted(names) == sorted(index)
+    result = verify_checkpoint(out, teacher=teacher, quiet=True)
     assert result["passed"], result["failures"]
     assert result["max_teacher_difference"] == 0.0
     assert result["changed_base_tensors"] == 0
+    assert "max_logit_difference" not in result
 
 
 def copy_folder(source: Path, target: Path) -> Path:
@@ -77,31 +86,24 @@ def copy_folder(source: Path, target: Path) -> Path:
     return target
 
 
-def test_tampered_weights_fail(exported: tuple[Any, Path], tmp_path: Path) -> None:
+def test_tampered_weights_fail(exported: tuple[Any, Path], pico_llama: Path, tmp_path: Path) -> None:
     out = copy_folder(exported[1], tmp_path / "tampered")
     tensors = load_file(out / "model.safetensors")
     tensors["model.layers.1.self_attn.nha.slot_bias"] += 0.5
+    tensors["model.norm.weight"][0] += 1e-6
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    result = verify_checkpoint(out, expected=exported[1].parent / "export_check.safetensors", quiet=True)
+    expected = exported[1].parent / "export_check.safetensors"
+    result = verify_checkpoint(out, teacher=pico_llama, expected=expected, quiet=True)
     assert not result["passed"]
     assert any("model.safetensors: was changed" in line for line in result["failures"])
     assert any("the run's logits" in line for line in result["failures"])
-
-
-def test_a_base_tensor_that_no_stage_trained_is_found(exported: Any, pico_llama: Path, tmp_path: Path) -> None:
-    out = copy_folder(exported[1], tmp_path / "tampered")
-    place = stored_tensors(out)["model.norm.weight"]
-    data = bytearray(place.path.read_bytes())
-    data[place.start : place.start + 4] = struct.pack("<f", 7.0)
-    place.path.write_bytes(data)
-    result = verify_checkpoint(out, teacher=pico_llama, quiet=True)
     assert any("model.norm.weight: differs from the teacher's" in line for line in result["failures"])
 
 
 def test_broken_code_fails_with_its_reason(exported: tuple[Any, Path], tmp_path: Path) -> None:
     out = copy_folder(exported[1], tmp_path / "broken")
     path = out / "ops.py"
-    path.write_text("import nha_kernels\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8") + "\n\nimport nha_kernels\n", encoding="utf-8")
     result = verify_checkpoint(out, quiet=True)
     assert any("does not load or run alone" in line and "nha_kernels" in line for line in result["failures"])
 
@@ -121,20 +123,6 @@ def test_base_tensors_keep_bytes_and_dtype(pico_models: Any, tokenizer: Any, tmp
     manifest = json.loads((out / "export.json").read_text(encoding="utf-8"))
     assert set(manifest["new"]) == new_parameter_names(model)
     assert set(stored) == set(tensors) | set(manifest["new"])
-
-
-def test_shards_hold_every_tensor_once(pico_llama: Path, tokenizer: Any, tmp_path: Path) -> None:
-    out = export_model(
-        student(pico_llama, False), tokenizer, tmp_path / "export", teacher_dir=pico_llama, max_shard_size="100KB"
-    )
-    index = json.loads((out / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
-    names: list[str] = []
-    for shard in sorted(set(index.values())):
-        with safe_open(out / shard, "pt") as file:
-            names += file.keys()
-    assert len(set(index.values())) > 1
-    assert sorted(names) == sorted(index)
-    assert verify_checkpoint(out, teacher=pico_llama, quiet=True)["passed"]
 
 
 def test_change_that_no_stage_trains_stops_the_export(pico_llama: Path, tokenizer: Any, tmp_path: Path) -> None:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from nha_kernels.gates import log_decay_from_logits
 
 from nha_convert.convert import load_student
 from nha_convert.gate_init import gate_parameters, horizon_biases, init_gates
 from nha_convert.modeling.attention_nha import nha_layers
 from nha_convert.settings import NHASettings
-from nha_kernels.gates import log_decay_from_logits
 
 KEY = torch.randn(2 * 8, 12, generator=torch.Generator().manual_seed(0))
 
@@ -29,7 +29,9 @@ def test_more_slots_than_channels_are_all_different() -> None:
     weight, _ = gates("key", 20)
     heads = weight.view(2, 20, 12)
     assert torch.equal(heads[:, :8], KEY.view(2, 8, 12))
-    assert (heads[:, 8:16] - heads[:, :8]).abs().max() < 0.6 and torch.cdist(heads, heads).add(torch.eye(20)).min() > 1e-2
+    assert (heads[:, 8:16] - heads[:, :8]).abs().max() < 0.6 and torch.cdist(heads, heads).add(
+        torch.eye(20)
+    ).min() > 1e-2
     assert torch.equal(weight, gates("key", 20)[0]) and not torch.equal(weight, gates("key", 20, seed=1)[0])
 
 
@@ -61,6 +63,10 @@ def test_init_gates_resets_everything(pico_llama: Path) -> None:
         layers[0].nha.slot_bias.add_(1)
         layers[0].nha.slot_q_scale.add_(1)
     init_gates(model, "key", seed=3)
-    assert torch.equal(layers[0].nha.slot_bias, torch.zeros(4)) and torch.equal(layers[0].nha.slot_q_scale, torch.ones(4, 16))
-    noise = [layer.nha.gate_proj.weight.view(2, 40, 64)[:, 16:32] - layer.k_proj.weight.view(2, 16, 64) for layer in layers]
+    assert torch.equal(layers[0].nha.slot_bias, torch.zeros(4)) and torch.equal(
+        layers[0].nha.slot_q_scale, torch.ones(4, 16)
+    )
+    noise = [
+        layer.nha.gate_proj.weight.view(2, 40, 64)[:, 16:32] - layer.k_proj.weight.view(2, 16, 64) for layer in layers
+    ]
     assert noise[0].abs().max() > 0 and not torch.equal(*noise)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from nha_convert.errors import InputError
 from nha_convert.report import write_report
 

@@ -46,27 +46,18 @@ def spans(x: torch.Tensor, first: int, blocks: int, block: int, window: int, ski
 
 
 def window_scores(
-    rows: torch.Tensor,
-    keys: torch.Tensor,
-    mask: torch.Tensor | None,
-    *,
-    block: int,
-    window: int,
-    skip: int,
-    scale: float,
+    rows: torch.Tensor, keys: torch.Tensor, block: int, window: int, skip: int, scale: float
 ) -> torch.Tensor:
     """Scores of the window.
 
     Args:
         rows: [n*b,Q*R,D] rotated queries.
         keys: [n*b,X,D] rotated keys.
-        mask: [n*b,X] 0 or -inf, added; None where every place holds a key.
     Returns:
-        [n*b,Q*R,X], -inf where nothing is seen.
+        [n*b,Q*R,X], -inf outside of the window.
     """
     band = _band(block, window, skip, rows.shape[1] // block, rows.dtype, rows.device)
-    out = torch.baddbmm(band.expand(len(rows), -1, -1), rows, keys.transpose(1, 2), alpha=scale)
-    return out if mask is None else out.add_(mask[:, None])
+    return torch.baddbmm(band.expand(len(rows), -1, -1), rows, keys.transpose(1, 2), alpha=scale)
 
 
 def add_spans(out: torch.Tensor, x: torch.Tensor, first: int, block: int, window: int, skip: int) -> None:

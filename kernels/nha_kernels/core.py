@@ -1,219 +1,55 @@
-"""The chunked path's differentiable core: one softmax over slots, sinks and window, with its hand-written gradient.
+"""The chunked path's differentiable core: one softmax over slots, sinks and window.
 
-Works through few rows and few tokens at a time, so that scores never exist for the whole sequence at once; what is
-kept for the backward pass is the inputs, the output, its lse and the state at the start of every tile.
+Scores never exist for the whole sequence at once; what is kept for the backward pass is the inputs, the output, its
+lse and the state at the start of every tile.
 
 Legend: N = B x G rows, T tokens (padded to whole blocks), R query heads per key/value head, D head_dim, M slots,
-W window, S sinks, A = T + W + block places of the key array, T' = T - start tokens that may see slots,
-n, t, t': those of one segment.
+n, t, t': rows, tokens, and tokens that may see slots, of one segment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import blocks, tiles
-
-EMPTY = -1e30  # stands for the maximum of a row that sees nothing
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Sizes and choices that hold for one call."""
-
-    tokens: int  # T
-    start: int  # first token that may see slots, a multiple of `tile`
-    window: int
-    repeat: int  # R
-    tile: int
-    block: int
-    scale: float
-    fresh: bool  # no past: the first W places of the key array are empty
-    attend_slots: bool
-    attend_window: bool
-    workspace: int  # scores held at once
-
-    def _per_token(self) -> int:
-        return self.repeat * (self.block + self.window + 64)
-
-    def row_groups(self, rows: int) -> Iterator[slice]:
-        """Rows to work on together."""
-        together = max(1, self.workspace // (self._per_token() * self.tokens))
-        for at in range(0, rows, together):
-            yield slice(at, min(at + together, rows))
-
-    def segments(self, rows: int) -> Iterator[slice]:
-        """Tokens to score together for that many rows; all of them unless there is one row."""
-        step = self.tokens if rows > 1 else max(1, self.workspace // (self._per_token() * self.block)) * self.block
-        for at in range(0, self.tokens, step):
-            yield slice(at, min(at + step, self.tokens))
-
-    def tiles_of(self, segment: slice) -> slice:
-        """Tiles whose tokens lie in the segment."""
-        first, last = max(segment.start - self.start, 0), max(segment.stop - self.start, 0)
-        return slice(first // self.tile, last // self.tile)
-
-    def skip(self, segment: slice) -> int:
-        """Leading places of a span that are empty for every block of the segment."""
-        return max(0, self.window - (segment.stop - self.block) - 1) if self.fresh else 0
+from . import tiles
+from .adjoint import gradients
+from .segments import EMPTY, Group, Inputs, Plan, flat
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Tensors of one call; None where a part takes no part."""
-
-    slot_q: torch.Tensor | None  # [N,T'*R,D] times scale and slot_q_scale
-    q: torch.Tensor | None  # [N,T*R,D] rotated
-    k: torch.Tensor | None  # [N,A,D] rotated
-    kv: torch.Tensor  # [N,A,2D] un-rotated keys | values
-    log_decay: torch.Tensor | None  # [N,T',M] of the token each place absorbs, 0 where none
-    slot_bias: torch.Tensor | None  # [N,R]
-    sink_k: torch.Tensor | None  # [N,S,D] rotated
-    sink_v: torch.Tensor | None  # [N,S,D]
-    slots: torch.Tensor | None  # [N,M,2D] initial state
-    key_mask: torch.Tensor | None = None  # [N,A] 0 or -inf; -inf only before place W + S
-    slot_mask: torch.Tensor | None = None  # [N,T'] 0 or -inf
-    sink_mask: torch.Tensor | None = None  # [N,min(T,S),S] 0 or -inf
-
-    def rows(self, group: slice) -> Inputs:
-        """The same for some of the rows."""
-        return Inputs(**{name: None if x is None else x[group] for name, x in vars(self).items()})
-
-
-DIFFERENTIABLE = 9  # the first fields of Inputs
-
-
-def _flat(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1, *x.shape[2:])
-
-
-class _Group:
-    """Some rows of one call: what their segments share."""
-
-    def __init__(self, plan: Plan, x: Inputs, states: torch.Tensor | None = None) -> None:
-        self.plan, self.x, self.count = plan, x, len(x.kv)
-        self.dim = x.kv.shape[2] // 2
-        self.decays, self.states = None, states
-        if x.log_decay is not None:
-            length = x.log_decay.shape[1]
-            self.slots = x.log_decay.shape[2]
-            self.tile_log_decay = x.log_decay.reshape(-1, plan.tile, self.slots)  # [n*C,L,M]
-            self.absorbed = x.kv[:, plan.start : plan.start + length].reshape(-1, plan.tile, 2 * self.dim)
-            self.decays = tiles.decays(self.tile_log_decay)
-            if states is None:
-                self.states = tiles.scan(self.decays, self.absorbed, x.slots, self.count)
-
-    def token_rows(self, x: torch.Tensor, segment: slice) -> torch.Tensor:
-        """[n,t*R,...] of a segment from [n,T*R,...]."""
-        return x[:, segment.start * self.plan.repeat : segment.stop * self.plan.repeat]
-
-    def slot_rows(self, x: torch.Tensor, segment: slice) -> torch.Tensor:
-        """The segment's rows that may see slots, [n,t'*R,...] from [n,T*R,...]."""
-        at = self.plan.tiles_of(segment)
-        step = self.plan.tile * self.plan.repeat
-        first = self.plan.start * self.plan.repeat
-        return x[:, first + at.start * step : first + at.stop * step]
-
-    def tiled(self, x: torch.Tensor) -> torch.Tensor:
-        """[n*c,L*R,...] from [n,t'*R,...]."""
-        return x.reshape(-1, self.plan.tile * self.plan.repeat, *x.shape[2:])
-
-    def flat_tiles(self, at: slice) -> slice:
-        """Tiles of a segment within [n*C,...]: a segment is shorter than the sequence only where n is 1."""
-        return at if self.count == 1 else slice(0, self.count * at.stop)
-
-    def spans(self, x: torch.Tensor, segment: slice) -> torch.Tensor:
-        """[n*b,X,...] of a segment from [n,A,...]."""
-        p = self.plan
-        number = (segment.stop - segment.start) // p.block
-        return blocks.spans(x, segment.start, number, p.block, p.window, p.skip(segment))
-
-    def window_scores(self, segment: slice) -> torch.Tensor:
-        """[n*b,block*R,X]"""
-        p, x = self.plan, self.x
-        assert x.q is not None and x.k is not None
-        rows = self.token_rows(x.q, segment).reshape(-1, p.block * p.repeat, self.dim)
-        mask = None if x.key_mask is None else self.spans(x.key_mask, segment)
-        return blocks.window_scores(
-            rows, self.spans(x.k, segment), mask, block=p.block, window=p.window, skip=p.skip(segment), scale=p.scale
-        )
-
-    def sink_scores(self, segment: slice) -> torch.Tensor:
-        """[n,t*R,S]"""
-        p, x = self.plan, self.x
-        assert x.q is not None and x.sink_k is not None and x.sink_mask is not None
-        out = torch.bmm(self.token_rows(x.q, segment), x.sink_k.transpose(1, 2)).mul_(p.scale)
-        masked = x.sink_mask[:, segment]
-        grouped = out[:, : masked.shape[1] * p.repeat].view(self.count, masked.shape[1], p.repeat, -1)
-        grouped += masked[:, :, None]
-        return out
-
-    def slot_scores(self, segment: slice, strict: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Scores [n*c,L*R,M] without bias and mask, and what `tiles.scores` returns with them."""
-        assert self.decays is not None and self.states is not None and self.x.slot_q is not None
-        at = self.plan.tiles_of(segment)
-        flat, step = self.flat_tiles(at), self.plan.tile * self.plan.repeat
-        rows = self.tiled(self.x.slot_q[:, at.start * step : at.stop * step])
-        state = _flat(self.states[:, at, :, : self.dim])
-        return tiles.scores(self.decays.part(flat), rows, state, self.absorbed[flat, :, : self.dim], strict)
-
-    def offset(self, scores: torch.Tensor, segment: slice) -> torch.Tensor:
-        """Bias and mask added in place to slot scores [n*c,L*R,M]."""
-        x, at, tile = self.x, self.plan.tiles_of(segment), self.plan.tile
-        grouped = scores.view(self.count, (at.stop - at.start) * tile, self.plan.repeat, -1)
-        if x.slot_bias is not None:
-            grouped += x.slot_bias[:, None, :, None]
-        if x.slot_mask is not None:
-            grouped += x.slot_mask[:, at.start * tile : at.stop * tile, None, None]
-        return scores
-
-
-def _attend(g: _Group, segment: slice, o: torch.Tensor, lse: torch.Tensor) -> None:
-    """Write output [n,t*R,D] and lse [n,t*R] of a segment."""
-    plan, x, at = g.plan, g.x, g.plan.tiles_of(segment)
-    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # scores, and top and output rows they act on
+def _attend(g: Group, segment: slice, o: torch.Tensor, lse: torch.Tensor) -> None:
+    """Write output [n,t*R,D] and lse [n,t*R] of a segment into [n,T*R,..]."""
+    plan, x = g.plan, g.x
     rows = slice(segment.start * plan.repeat, segment.stop * plan.repeat)
-    top = o.new_full((g.count, rows.stop - rows.start), EMPTY)
-    tail = slice(max(plan.start * plan.repeat - rows.start, 0), None)
-    window = sink = slot = None
-    if plan.attend_window and plan.window:
-        window = g.window_scores(segment)
-        parts.append((window, top.view(window.shape[:2]), top))
-    if plan.attend_window and x.sink_k is not None:
-        sink = g.sink_scores(segment)
-        parts.append((sink, top, top))
-    if plan.attend_slots and at.stop > at.start:
+    out, top, total = torch.zeros_like(o[:, rows]), torch.full_like(lse[:, rows], EMPTY), torch.zeros_like(lse[:, rows])
+    window = g.window_scores(segment) if plan.attend_window and plan.window else None
+    sink = g.sink_scores(segment) if plan.attend_window and x.sink_k is not None else None
+    slot, tail = None, g.sees_slots(segment)
+    if plan.attend_slots and tail.start < tail.stop:
         slot = g.offset(g.slot_scores(segment, strict=False)[0], segment)
-    for scores, view, _ in parts:
-        torch.maximum(view, scores.amax(-1), out=view)
-    if slot is not None:
-        part = top[:, tail]
-        part.copy_(torch.maximum(part, slot.amax(-1).view_as(part)))
-    total = torch.zeros_like(top)
-    out = torch.zeros_like(o[:, rows])
+
+    every = slice(0, rows.stop - rows.start)
+    parts = [(window, every), (sink, every), (slot, tail)]
+    for scores, which in parts:
+        if scores is not None:
+            torch.maximum(top[:, which], scores.amax(-1).view_as(top[:, which]), out=top[:, which])
+    for scores, which in parts:
+        if scores is not None:
+            scores.sub_(top[:, which].reshape(scores.shape[:2])[..., None]).exp_()
+            total[:, which] += scores.sum(-1).view_as(total[:, which])
     if window is not None:
-        window.sub_(top.view(window.shape[:2])[..., None]).exp_()
-        total += window.sum(-1).view_as(total)
         out = torch.bmm(window, g.spans(x.kv[..., g.dim :], segment)).view_as(out)
     if sink is not None:
         assert x.sink_v is not None
-        sink.sub_(top[..., None]).exp_()
-        total += sink.sum(-1)
         out.baddbmm_(sink, x.sink_v)
     if slot is not None:
         assert g.decays is not None and g.states is not None
-        slot.sub_(g.tiled(top[:, tail])[..., None]).exp_()
-        part = total[:, tail]
-        part += slot.sum(-1).view_as(part)
-        flat = g.flat_tiles(at)
-        d = g.decays.part(flat)
-        read = torch.bmm(tiles.grown(d, slot, plan.repeat), _flat(g.states[:, at, :, g.dim :]))
-        read.baddbmm_(tiles.mix(d, slot, plan.repeat), g.absorbed[flat, :, g.dim :])
+        at = plan.tiles_of(segment)
+        d, absorbed = g.decays.part(g.flat_tiles(at)), g.absorbed[g.flat_tiles(at), :, g.dim :]
+        read = torch.bmm(tiles.grown(d, slot, plan.repeat), flat(g.states[:, at, :, g.dim :]))
+        read.baddbmm_(tiles.mix(d, tiles.fade(d, slot, plan.repeat)), absorbed)
         out[:, tail] += read.view_as(out[:, tail])
     o[:, rows] = out.div_(total.clamp(min=1e-30)[..., None])
     lse[:, rows] = top + total.log()
@@ -230,7 +66,7 @@ class SlotWindowAttention(torch.autograd.Function):
         lse = x.kv.new_empty(o.shape[:2])
         states = []
         for rows in plan.row_groups(count):
-            g = _Group(plan, x.rows(rows))
+            g = Group(plan, x.rows(rows))
             states.append(g.states)
             for segment in plan.segments(g.count):
                 _attend(g, segment, o[rows], lse[rows])
@@ -244,8 +80,6 @@ class SlotWindowAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Any, dlse: Any, dfinal: Any) -> Any:
-        from .adjoint import gradients
-
         o, lse, *tensors = ctx.saved_tensors
         x = Inputs(*tensors, **ctx.masks)
         grads = gradients(ctx.plan, x, ctx.states, ctx.needs_input_grad[2:], o, lse, do, dlse, dfinal)

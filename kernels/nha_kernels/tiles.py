@@ -166,29 +166,43 @@ def scores(
     return out, pairs, own
 
 
-def mix(d: Decays, weights: torch.Tensor, repeat: int) -> torch.Tensor:
-    """Weights on slots turned into weights on the tokens absorbed inside the tile.
+def fade(d: Decays, weights: torch.Tensor, repeat: int) -> list[torch.Tensor]:
+    """Weights on slots as sub-chunk J's tokens find them.
 
     Args:
         d: of n tiles.
         weights: [n,L*R,M] softmax weights, or score gradients.
         repeat: R.
     Returns:
-        [n,L*R,L], zero above the diagonal.
+        Per J, [n,(L-16J)*R,M]: the rows from J on.
     """
     tiles, length = len(weights), weights.shape[1] // repeat
     grouped = weights.view(tiles, length, repeat, -1)
-    above = _triangle(length, repeat, False, weights.dtype, weights.device) == 0
-    out = None if len(d.falls) == 1 else weights.new_zeros(tiles, length * repeat, length)
-    for j, (fall, lift) in enumerate(zip(d.falls, d.lifts, strict=True)):
+    return [(grouped[:, length - f.shape[1] :] * f[:, :, None]).view(tiles, f.shape[1] * repeat, -1) for f in d.falls]
+
+
+def mix(d: Decays, faded: list[torch.Tensor]) -> torch.Tensor:
+    """Weights on slots turned into weights on the tokens absorbed inside the tile.
+
+    Args:
+        d: of n tiles.
+        faded: from `fade`.
+    Returns:
+        [n,L*R,L], zero above the diagonal.
+    """
+    tiles, rows, _ = faded[0].shape
+    length = d.write.shape[1]
+    repeat = rows // length
+    above = _triangle(length, repeat, False, d.write.dtype, d.write.device) == 0
+    parts = []
+    for j, (weights, lift) in enumerate(zip(faded, d.lifts, strict=True)):
         first = j * SUB
-        faded = (grouped[:, first:] * fall[:, :, None]).view(tiles, (length - first) * repeat, -1)
-        part = torch.bmm(faded, (d.write[:, first : first + SUB] * lift).transpose(1, 2))
-        if out is None:
-            return part.masked_fill_(above, 0)  # what stands above the diagonal may be infinite
-        out[:, first * repeat :, first : first + SUB] = part
-    assert out is not None
-    return out.masked_fill_(above, 0)
+        parts.append(torch.bmm(weights, (d.write[:, first : first + SUB] * lift).transpose(1, 2)))
+    out = parts[0] if len(parts) == 1 else parts[0].new_zeros(tiles, rows, length)
+    if len(parts) > 1:
+        for j, part in enumerate(parts):
+            out[:, j * SUB * repeat :, j * SUB : (j + 1) * SUB] = part
+    return out.masked_fill_(above, 0)  # what stands above the diagonal may be infinite
 
 
 def grown(d: Decays, weights: torch.Tensor, repeat: int) -> torch.Tensor:
@@ -197,26 +211,23 @@ def grown(d: Decays, weights: torch.Tensor, repeat: int) -> torch.Tensor:
     return (weights.view(tiles, length, repeat, -1) * d.grow[:, :, None]).view_as(weights)
 
 
-def write_gradient(d: Decays, sides: list[tuple[torch.Tensor, torch.Tensor]], repeat: int) -> torch.Tensor:
+def write_gradient(
+    d: Decays, sides: list[tuple[torch.Tensor, list[torch.Tensor]]], repeat: int
+) -> torch.Tensor:
     """Gradient of the write strengths through pairs inside a tile, own tokens left out.
 
     Args:
         d: of n tiles.
-        sides: (pair products [n,L*R,L] strictly below the diagonal, weights [n,L*R,M]) for keys and for values.
+        sides: for keys and for values, pair products [n,L*R,L] strictly below the diagonal, and faded weights.
         repeat: R.
     Returns:
         [n,L,M]
     """
     parts = []
-    for j, (fall, lift) in enumerate(zip(d.falls, d.lifts, strict=True)):
-        first, total = j * SUB, None
-        for pairs, weights in sides:
-            tiles, length = len(weights), weights.shape[1] // repeat
-            faded = weights.view(tiles, length, repeat, -1)[:, first:] * fall[:, :, None]
-            faded = faded.view(tiles, (length - first) * repeat, -1)
-            back = pairs[:, first * repeat :, first : first + SUB].transpose(1, 2)
-            total = torch.bmm(back, faded) if total is None else total.baddbmm_(back, faded)
-        assert total is not None
+    for j, lift in enumerate(d.lifts):
+        first = j * SUB
+        back = [pairs[:, first * repeat :, first : first + SUB].transpose(1, 2) for pairs, _ in sides]
+        total = torch.bmm(back[0], sides[0][1][j]).baddbmm_(back[1], sides[1][1][j])
         parts.append(total.mul_(lift))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from nha_convert.evaluate.nll import evaluating
-from nha_convert.recall_documents import TEMPLATES, RecallGenerator
+from nha_convert.recall_documents import TEMPLATES, RecallDocument, RecallGenerator
 
 PROMPT_BUDGET = 16384
 """Prompt tokens per call of `generate`."""
@@ -96,19 +96,10 @@ def recall_by_generation(
         tqdm(total=prompts * len(distances), desc="recall", leave=False, disable=True if quiet else None) as bar,
     ):
         for distance in distances:
-            generator = RecallGenerator(tokenizer, filler, seed=seed + distance)
-            length = prompt_span(distance, pairs, span)
             try:
-                documents = [
-                    generator.prompt(
-                        pairs=pairs,
-                        distance=distance,
-                        span=length,
-                        value_length=value_length,
-                        template=index % len(TEMPLATES),
-                    )
-                    for index in range(prompts)
-                ]
+                length, documents = _documents(
+                    tokenizer, filler, seed + distance, prompts, pairs, distance, span, value_length
+                )
             except ValueError as error:
                 results[str(distance)] = {"left_out": str(error)}
                 bar.update(prompts)
@@ -125,6 +116,41 @@ def recall_by_generation(
                 "span": length,
             }
     return results
+
+
+def _documents(
+    tokenizer: Any,
+    filler: Sequence[int],
+    seed: int,
+    prompts: int,
+    pairs: int,
+    distance: int,
+    span: int,
+    value_length: int,
+) -> tuple[int, list[RecallDocument]]:
+    """Prompts of one distance and their common length: the shortest tried, up to `span`, that holds all pairs.
+
+    Raises:
+        ValueError: the pairs do not even fit into `span`.
+    """
+    length = prompt_span(distance, pairs, span)
+    while True:
+        generator = RecallGenerator(tokenizer, filler, seed=seed)
+        try:
+            return length, [
+                generator.prompt(
+                    pairs=pairs,
+                    distance=distance,
+                    span=length,
+                    value_length=value_length,
+                    template=index % len(TEMPLATES),
+                )
+                for index in range(prompts)
+            ]
+        except ValueError:
+            if length >= span:
+                raise
+            length = min(span, 2 * length)
 
 
 def _exact_matches(model: Any, tokenizer: Any, ids: Tensor, answer: int, bar: Any) -> int:

@@ -31,7 +31,7 @@ class Float32Linear(nn.Linear):
 
 
 class NHAGate(nn.Module):
-    """All parameters that an NHA layer adds to the base model's attention.
+    """All parameters that an NHA layer adds to the base model's attention, made in fp32.
 
     Attributes:
         gate_proj: hidden -> G * M gate logits.
@@ -46,10 +46,11 @@ class NHAGate(nn.Module):
         super().__init__()
         heads, self.groups, self.slots = config.num_attention_heads, config.num_key_value_heads, config.nha_slots
         self.tau = config.nha_tau
-        self.gate_proj = Float32Linear(config.hidden_size, self.groups * self.slots, bias=True)
-        scale = nn.Parameter(torch.ones(heads, head_dim)) if config.nha_slot_query_scale else None
-        self.register_parameter("slot_q_scale", scale)
-        self.register_parameter("slot_bias", nn.Parameter(torch.zeros(heads)) if config.nha_slot_bias else None)
+        self.gate_proj = Float32Linear(config.hidden_size, self.groups * self.slots, dtype=torch.float32)
+        scale = torch.ones(heads, head_dim, dtype=torch.float32)
+        bias = torch.zeros(heads, dtype=torch.float32)
+        self.register_parameter("slot_q_scale", nn.Parameter(scale) if config.nha_slot_query_scale else None)
+        self.register_parameter("slot_bias", nn.Parameter(bias) if config.nha_slot_bias else None)
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Gate one layer's input.

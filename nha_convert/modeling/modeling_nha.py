@@ -128,7 +128,9 @@ def _padding_mask(attention_mask: torch.Tensor | None, length: int) -> torch.Ten
     if attention_mask is None:
         return None
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-        found = list(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
+        found = (
+            list(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
+        )
         raise ValueError(f"NHA layers need a 2D attention_mask [batch, past + tokens], 1 = real token; got {found}")
     padding = attention_mask[:, -length:].bool()
     return None if bool(padding.all()) else padding
@@ -160,7 +162,7 @@ class NHAForCausalLMMixin(NHAPreTrainedMixin):
     model_class: type
 
     def __init__(self, config: Any) -> None:
-        PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]
+        PreTrainedModel.__init__(self, config)
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -64,9 +64,7 @@ class AlignTrainer(NHATrainer):
         return _Given.apply(loss, given, *self.learned), errors
 
     @contextmanager
-    def _measuring(
-        self, errors: dict[str, torch.Tensor], gradients: dict[int, torch.Tensor | None]
-    ) -> Iterator[None]:
+    def _measuring(self, errors: dict[str, torch.Tensor], gradients: dict[int, torch.Tensor | None]) -> Iterator[None]:
         """Inside, a forward pass in teacher mode fills in each layer's error, and its share of the loss's gradient."""
         handles = []
         for index, layer in self.layers:

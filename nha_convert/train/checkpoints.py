@@ -46,7 +46,8 @@ def load_tensors(model: nn.Module, path: Path) -> None:
     parameters = dict(model.named_parameters())
     try:
         with safe_open(path, "pt") as file, torch.no_grad():
-            for name in file.keys():
+            names = list(file.keys())
+            for name in names:
                 tensor = file.get_tensor(name)
                 if name not in parameters or parameters[name].shape != tensor.shape:
                     found = list(parameters[name].shape) if name in parameters else "none"

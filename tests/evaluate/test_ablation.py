@@ -93,9 +93,7 @@ def test_slot_mass_is_that_of_the_recurrence(pico_llama: Path) -> None:
             memory = (slots @ scaled * layer.scaling + layer.nha.slot_bias[head].double()).exp().sum()
             memory = memory if t >= window else torch.tensor(0.0)
             near = range(max(0, t - window + 1), t + 1)
-            exact = sum(
-                (rotate(query[t, head], t) @ rotate(key[j, group], j) * layer.scaling).exp() for j in near
-            )
+            exact = sum((rotate(query[t, head], t) @ rotate(key[j, group], j) * layer.scaling).exp() for j in near)
             shares[t, head] = memory / (memory + exact)
     (measured,) = slot_mass(model, TOKENS[:length], length, [(0, 6), (6, 12), (12, 20)])
     assert measured["layer"] == 0 and measured["buckets"]["0-6"] == 0

@@ -124,6 +124,7 @@ def test_agreement_with_a_teacher_of_its_own(pico_llama: Path) -> None:
 
 def test_modes_come_back_and_nothing_is_printed(pico_llama: Path, capsys: Any) -> None:
     model = load_student(pico_llama, SMALL).train()
+    capsys.readouterr()
     agreement(model, TOKENS, 50)
     assert model.training and all(layer.self_attn.nha_mode == "student" for layer in model.model.layers)
     assert all(parameter.grad is None for parameter in model.parameters())

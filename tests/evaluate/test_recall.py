@@ -44,10 +44,11 @@ def test_oracle_is_perfect(word_tokenizer: Any, words: set[int], filler: list[in
         oracle, word_tokenizer, filler, distances=[64, 128], pairs=5, prompts=24, span=300, value_length=value_length
     )
     assert list(result) == ["64", "128"]
-    for cell, span in zip(result.values(), (128, 256)):
+    for cell in result.values():
         assert cell["exact_match"] == 1 and cell["prompts"] == 24 and cell["high"] == 1
-        assert 0.8 < cell["low"] < 0.9 and cell["span"] == span
-    assert len(oracle.prompts) == 48 and {len(prompt) for prompt in oracle.prompts} == {129, 257}
+        assert 0.8 < cell["low"] < 0.9 and cell["span"] <= 300
+    assert len(oracle.prompts) == 48
+    assert {len(prompt) for prompt in oracle.prompts} == {1 + cell["span"] for cell in result.values()}
     assert all(prompt[0] == word_tokenizer.bos_token_id for prompt in oracle.prompts)
     assert len(set(map(tuple, oracle.prompts))) == 48
 
@@ -64,8 +65,15 @@ def test_everyone_is_asked_the_same(word_tokenizer: Any, words: set[int], filler
     for distances in ([64, 128], [128]):
         reader = Reader(words)
         recall_by_generation(reader, word_tokenizer, filler, distances=distances, pairs=5, prompts=8, span=300)
-        asked.append([prompt for prompt in reader.prompts if len(prompt) == 257])
-    assert asked[0] == asked[1] and len(asked[0]) == 8
+        asked.append(reader.prompts)
+    assert asked[0][8:] == asked[1] and len(asked[1]) == 8
+
+
+def test_a_prompt_grows_until_its_pairs_fit(word_tokenizer: Any, words: set[int], filler: list[int]) -> None:
+    settings = {"distances": [64], "pairs": 12, "prompts": 8}
+    cell = recall_by_generation(Reader(words), word_tokenizer, filler, span=1000, **settings)["64"]
+    assert cell["exact_match"] == 1 and cell["span"] == 2 * prompt_span(64, 12, 1000) == 384
+    assert "left_out" in recall_by_generation(Reader(words), word_tokenizer, filler, span=200, **settings)["64"]
 
 
 def test_distance_is_exact(word_tokenizer: Any, words: set[int], filler: list[int]) -> None:
@@ -82,6 +90,7 @@ def test_distance_is_exact(word_tokenizer: Any, words: set[int], filler: list[in
 @torch.no_grad()
 def test_random_model_knows_nothing(word_llama: Path, word_tokenizer: Any, filler: list[int], capsys: Any) -> None:
     model = load_student(word_llama, NHASettings(window=16, slots=8))
+    capsys.readouterr()
     result = recall_by_generation(model, word_tokenizer, filler, distances=[32, 64], pairs=4, prompts=16, span=200)
     assert [cell["exact_match"] for cell in result.values()] == [0, 0]
     assert capsys.readouterr() == ("", "")
@@ -107,9 +116,7 @@ def test_decoding_is_greedy_and_cached(
 
     monkeypatch.setattr(model, "generate", spy)
     monkeypatch.setattr(model, "forward", record)
-    recall_by_generation(
-        model, word_tokenizer, filler, distances=[64], pairs=3, prompts=4, span=128, value_length=4
-    )
+    recall_by_generation(model, word_tokenizer, filler, distances=[64], pairs=3, prompts=4, span=128, value_length=4)
     assert caches == [False, True, True, True]
     (rows,) = outputs
     assert rows.shape[1] <= 1 + 128 + 4
@@ -131,9 +138,7 @@ def test_rows_that_all_end_early_are_wrong(word_tokenizer: Any, filler: list[int
 
 
 def test_pairs_that_do_not_fit_are_left_out(word_tokenizer: Any, words: set[int], filler: list[int]) -> None:
-    result = recall_by_generation(
-        Reader(words), word_tokenizer, filler, distances=[64], pairs=60, prompts=8, span=128
-    )
+    result = recall_by_generation(Reader(words), word_tokenizer, filler, distances=[64], pairs=60, prompts=8, span=128)
     assert "do not fit" in result["64"]["left_out"] and "exact_match" not in result["64"]
 
 

@@ -78,10 +78,9 @@ def test_left_padded_batch_is_each_row_alone(pico: Path, full_layers: list[int])
 
 @torch.no_grad()
 def test_greedy_cached_is_uncached(pico: Path) -> None:
-    for model in (student(pico), student(pico, full_attention_layers=[0])):
-        prompt = ids(2, 11)
-        cached = model.generate(prompt, **{**GREEDY, "max_new_tokens": 5 * WINDOW})
-        assert torch.equal(cached, model.generate(prompt, use_cache=False, **{**GREEDY, "max_new_tokens": 5 * WINDOW}))
+    model = student(pico, window=[3, "full"])
+    prompt, options = ids(2, 5), {**GREEDY, "max_new_tokens": 14}  # ends more than 4 windows past the window
+    assert torch.equal(model.generate(prompt, **options), model.generate(prompt, use_cache=False, **options))
 
 
 @torch.no_grad()

@@ -16,9 +16,7 @@ from nha_convert.train.job import StageJob
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_accumulated_batches_equal_one_large_batch(
-    pico_llama: Path, text: Path, tmp_path: Path, index: int
-) -> None:
+def test_accumulated_batches_equal_one_large_batch(pico_llama: Path, text: Path, tmp_path: Path, index: int) -> None:
     """Four windows in one batch, or in two batches of two: the same metrics and, to rounding, the same weights."""
     results = []
     for batch, accumulation in ((4, 1), (2, 2)):

@@ -1,0 +1,112 @@
+"""Measures a checkpoint on disk against its teacher, outside a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from . import modeling  # noqa: F401  (registers the NHA classes)
+from .convert import resolve_model
+from .data import texts, token_stream
+from .devices import find_device
+from .errors import InputError
+from .evaluate.suite import evaluate_student, evaluate_teacher, student_window
+from .modeling.attention_nha import nha_layers
+from .recipe import EvaluateSettings, load_recipe
+from .settings import SourceSettings
+
+LEAST_FILLER = 8192
+"""Tokens of text that recall prompts are filled from at least."""
+
+
+def evaluate_checkpoint(
+    checkpoint: Path,
+    *,
+    teacher: str | None = None,
+    text: str | None = None,
+    settings: EvaluateSettings | None = None,
+    with_recall: bool = True,
+    device: str = "auto",
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """The rows of a checkpoint and its teacher, as in eval.json.
+
+    Args:
+        checkpoint: folder of an NHA model, or of an ordinary one (then only the row `teacher` is measured).
+        teacher: Hub id, folder or `embedded`; None takes the model of the checkpoint's recipe.yaml, and where it has
+            none (what swap writes) its own backbone.
+        text: file, glob or folder of .txt, all of it measured; None takes the held-out part of the standard library.
+    Returns:
+        {"teacher", "window_only", "memory_only", "no_attention", "final", "memory_recovery", "settings"}.
+    Raises:
+        InputError: something cannot be loaded, or there is less text than one sequence.
+    """
+    settings = settings or EvaluateSettings()
+    place = find_device(device)
+    model, tokenizer = _load(checkpoint, place)
+    context = int(model.config.max_position_embeddings)
+    if settings.sequence_length > context:
+        raise InputError(
+            f"evaluate.sequence_length: {settings.sequence_length} is beyond the {context} positions of {checkpoint}; "
+            f"use --set evaluate.sequence_length={context}"
+        )
+    held_out, filler = _text(text, tokenizer, settings, quiet)
+    measured: tuple[Any, ...] = (tokenizer, held_out, filler, settings)
+    own: dict[str, Any] = {"with_recall": with_recall, "quiet": quiet}
+    kept = settings.model_dump(mode="json")
+    if not nha_layers(model):
+        return {"teacher": evaluate_teacher(model, *measured, window=0, **own), "settings": kept}
+    reference = _teacher(checkpoint, teacher, place)
+    row = evaluate_student(model, *measured, label="final", teacher=reference, **own)
+    against = model if reference is None else reference
+    return {
+        "teacher": evaluate_teacher(against, *measured, window=student_window(model), **own),
+        **row["branches"],
+        "final": row,
+        "memory_recovery": {"final": row["memory_recovery"]},
+        "settings": kept,
+    }
+
+
+def _load(folder: Path, place: torch.device) -> tuple[Any, Any]:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(place).eval()
+        return model, AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def _teacher(checkpoint: Path, name: str | None, place: torch.device) -> Any | None:
+    """The teacher as its own model, or None: the checkpoint's backbone is the teacher's."""
+    recipe = checkpoint / "recipe.yaml"
+    if name is None and recipe.is_file():
+        name = load_recipe(str(recipe)).model
+    if name is None:
+        return None
+    try:
+        return _load(resolve_model(name), place)[0]
+    except InputError as error:
+        raise InputError(f"{error}\n{name} is the teacher of {checkpoint}; name where it is with --teacher") from error
+
+
+def _text(path: str | None, tokenizer: Any, settings: EvaluateSettings, quiet: bool) -> tuple[torch.Tensor, list[int]]:
+    """Token ids [N] to measure on, and the filler of recall prompts."""
+    limit = max(settings.tokens, LEAST_FILLER)
+    if path is None:
+        ids = list(token_stream(SourceSettings(source="stdlib"), tokenizer, "held_out", limit=limit, quiet=quiet))
+    else:
+        source = SourceSettings(source="text", path=path)
+        ids = []
+        for document in [*texts(source, "train"), *texts(source, "held_out")]:
+            ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) >= limit:
+                break
+    if len(ids) < settings.sequence_length:
+        raise InputError(
+            f"--text: {settings.sequence_length} tokens are needed (evaluate.sequence_length), found {len(ids)}; "
+            "give more text or lower the length with --set"
+        )
+    return torch.tensor(ids[: settings.tokens], dtype=torch.long), ids
