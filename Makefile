@@ -1,6 +1,8 @@
 # make demo   the demo from a clean clone: environment, install, run (continues a run that was interrupted)
 # make test   environment, install, ruff, mypy, pytest        make lint   ruff and mypy alone
 # make clean  removes the environment and the demo's run folder
+#
+# A smaller download without a GPU: make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP_FLAGS ?= --disable-pip-version-check --quiet

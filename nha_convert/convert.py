@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from rich.console import Console
 from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -27,7 +29,7 @@ CONFIGS: dict[str, Any] = {"llama": NHALlamaConfig, "qwen2": NHAQwen2Config, "qw
 WEIGHTS, INDEX, NEW_WEIGHTS = "model.safetensors", "model.safetensors.index.json", "model-nha.safetensors"
 BASE_WEIGHTS = "model-base.safetensors"  # `model.safetensors` would be read in place of the index
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
-NOT_CARRIED = {"config.json", INDEX}
+CHAT_TEMPLATES = "additional_chat_templates"
 
 
 def resolve_model(name: str) -> Path:
@@ -75,10 +77,15 @@ def nha_config(base_config: PretrainedConfig, nha: NHASettings) -> Any:
     """The student's configuration: the base model's, plus the settings.
 
     Raises:
-        InputError: the family is not supported, or the settings do not fit the model's layers.
+        InputError: the family is not supported, the model is quantised, or the settings do not fit its layers.
     """
     name = getattr(base_config, "name_or_path", "") or "model"
     family = check_family(name, {"model_type": base_config.model_type})
+    if getattr(base_config, "quantization_config", None):
+        raise InputError(
+            f"{name}: its weights are quantised (quantization_config in config.json), so gates cannot be derived and "
+            "trained from them; name the unquantised model"
+        )
     fields = base_config.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "auto_map"):
         fields.pop(key, None)
@@ -233,7 +240,10 @@ def _new_tensors(
     """The tensors that the base model lacks, fp32, by their names in the student."""
     names = {id(module): name for name, module in skeleton.named_modules()}
     new: dict[str, torch.Tensor] = {}
-    for index, attention in track(nha_layers(skeleton), description="gates", disable=quiet, transient=True):
+    hidden = quiet or not sys.stderr.isatty()
+    for index, attention in track(
+        nha_layers(skeleton), description="gates", disable=hidden, console=Console(stderr=True)
+    ):
         gate, prefix = attention.nha, names[id(attention)]
         key_name = f"{prefix}.k_proj.weight"
         with safe_open(folder / weight_map[key_name], "pt") as file:
@@ -270,15 +280,23 @@ def _write_checkpoint(
     (work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     config.save_pretrained(work)
     for path in sorted(folder.iterdir()):
-        carried = any(path.match(pattern) for pattern in MODEL_FILES if pattern != "*.safetensors")
-        if path.is_file() and carried and path.name not in NOT_CARRIED:
+        if path.is_file() and _is_carried(path):
             shutil.copyfile(path, work / path.name)
+    if (folder / CHAT_TEMPLATES).is_dir():
+        shutil.copytree(folder / CHAT_TEMPLATES, work / CHAT_TEMPLATES)
     return {
         "base_tensors": len(weight_map),
         "new_tensors": len(new),
         "new_parameters": sum(tensor.numel() for tensor in new.values()),
         "bytes": size,
     }
+
+
+def _is_carried(path: Path) -> bool:
+    """Tokenizer, generation config, licence: what belongs to a model besides its weights and config."""
+    if path.name == "config.json" or path.name.endswith((".index.json", ".safetensors")):
+        return False
+    return any(path.match(pattern) for pattern in MODEL_FILES)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

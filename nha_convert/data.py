@@ -12,7 +12,7 @@ import json
 import random
 from array import array
 from bisect import bisect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -181,20 +181,45 @@ def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, wanted: int, q
 
 
 def held_out_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, quiet: bool = True) -> torch.Tensor:
-    """Text that no stage trains on.
+    """What no stage trains on, mixed as the sources are: evaluation windows of text and of recall documents.
+
+    Text alone hardly asks a small model for its memory; the recall windows do, at their source's weight.
 
     Returns:
         int64 [N], N = `data.held_out_tokens`, or fewer where the sources' held-out part is smaller.
     Raises:
-        InputError: there is less than one evaluation window of it.
+        InputError: there is less than one evaluation window of it, or recall is asked of a tokenizer without words.
     """
-    ids = _held_out(recipe, tokenizer, recipe.data.held_out_tokens, quiet)
-    if len(ids) < recipe.evaluate.sequence_length:
+    length, wanted = recipe.evaluate.sequence_length, recipe.data.held_out_tokens
+    text = _held_out(recipe, tokenizer, wanted, quiet)
+    if len(text) < length:
         raise InputError(
-            f"data.held_out_tokens: evaluate.sequence_length = {recipe.evaluate.sequence_length} tokens of held-out "
-            f"text are needed, found {len(ids)}; give more text (5 % of it is held out) or raise data.held_out_tokens"
+            f"data.held_out_tokens: evaluate.sequence_length = {length} tokens of held-out "
+            f"text are needed, found {len(text)}; give more text (5 % of it is held out) or raise data.held_out_tokens"
         )
+    weights = {source.source: 0.0 for source in recipe.data.sources}
+    for source in recipe.data.sources:
+        weights[source.source] += source.weight
+    share = weights.get("recall", 0.0) / sum(weights.values())
+    if not share:
+        return torch.tensor(text, dtype=torch.long)
+    recall = _recall_generator(tokenizer, recall_filler(recipe, tokenizer, quiet=quiet))
+    recall.rng.seed(f"{recipe.seed}/held out")
+    size, ids, used = length - 1, [], 0  # what `eval_windows` takes at a time, after BOS
+    for window in range(max(1, wanted // size)):
+        if int((window + 1) * share) > int(window * share):
+            ids += recall.document(size).input_ids
+        else:
+            ids += text[used : used + size]
+            used += size
     return torch.tensor(ids, dtype=torch.long)
+
+
+def _recall_generator(tokenizer: PreTrainedTokenizerBase, filler: Sequence[int]) -> RecallGenerator:
+    try:
+        return RecallGenerator(tokenizer, filler)
+    except ValueError as error:
+        raise InputError(f"data.sources: {error}") from error
 
 
 def recall_filler(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, quiet: bool = True) -> list[int]:
@@ -279,10 +304,7 @@ def training_dataset(
         filler = array("i")
         for _, tokens in streams:
             filler.extend(tokens or ())
-        try:
-            recall = RecallGenerator(tokenizer, filler)
-        except ValueError as error:
-            raise InputError(f"data.sources: {error}") from error
+        recall = _recall_generator(tokenizer, filler)
     return WindowDataset(
         streams,
         length=stage.steps * stage.batch_size,

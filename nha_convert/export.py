@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .convert import INDEX, MODEL_FILES, NOT_CARRIED, new_parameter_names, resolve_model
-from .errors import InputError, WorkError
+from .convert import CHAT_TEMPLATES, INDEX, MODEL_FILES, new_parameter_names, resolve_model
+from .errors import WorkError
 from .model_card import model_card
+from .preflight import check_new_folder
 from .recipe import DistillStage, Recipe, dump_recipe
 from .remote_code import add_code
-from .run_folder import load_final
 from .run_folder import load_final
 from .tensor_files import StoredTensor, file_hashes, same_bytes, stored_tensors
 from .verify import MANIFEST
@@ -58,8 +58,7 @@ def export_model(
         WorkError: a base tensor differs that no stage trains, or the model lacks one; nothing is left behind.
     """
     out = Path(out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: exists and is not an empty folder; choose another, or empty it: rm -r {out}")
+    check_new_folder(out)
     teacher_dir = Path(teacher_dir)
     stored = stored_tensors(teacher_dir)
     state = _state(model, stored)
@@ -207,9 +206,11 @@ def _write_description(work: Path, model: Any, tokenizer: PreTrainedTokenizerBas
     config.save_pretrained(work)
     add_code(work)
     for path in sorted(teacher_dir.iterdir()):
-        carried = any(path.match(pattern) for pattern in MODEL_FILES if pattern != "*.safetensors")
-        if path.is_file() and carried and path.name not in NOT_CARRIED:
+        described = path.name == "config.json" or path.name.endswith((".safetensors", ".index.json"))
+        if path.is_file() and not described and any(path.match(pattern) for pattern in MODEL_FILES):
             shutil.copyfile(path, work / path.name)
+    if (teacher_dir / CHAT_TEMPLATES).is_dir():
+        shutil.copytree(teacher_dir / CHAT_TEMPLATES, work / CHAT_TEMPLATES)
     if not (work / "generation_config.json").is_file():
         model.generation_config.save_pretrained(work)
     if not _names_tokenizer(work):

@@ -22,7 +22,6 @@ TEMPLATES: tuple[tuple[tuple[str, str, str], tuple[str, str]], ...] = (
     ((" The", " is", "."), (" The", " is")),
     ((" set", " to", "\n"), (" get", " to")),
     ((" The code of", " is", "."), (" What is the code of", "? It is")),
-    ((' "', '":', ",\n"), (' "', '":')),
     (("def", "():", "\n"), ("def", "():")),
 )
 WORD = re.compile(r"[Ġ▁][a-z]{3,12}$")

@@ -70,7 +70,8 @@ def read_evaluation(run_dir: Path) -> dict[str, Any]:
     if evaluation is not None:
         return evaluation
     rows = {path.stem: _read_json(path) for path in sorted((run_dir / "evaluation").glob("*.json"))}
-    return {key: row for key, row in rows.items() if row}
+    measured = {key: row for key, row in rows.items() if row}
+    return measured | (measured.get("final") or {}).get("branches", {})
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -33,7 +33,7 @@ def verify_checkpoint(
     """Reload a checkpoint in a fresh process without our package, and check it.
 
     Args:
-        checkpoint: a folder that carries its code (`auto_map`), as `export` and `swap` write it.
+        checkpoint: a folder that carries its code (`auto_map`), as `export` writes it.
         teacher: folder, Hub id or `embedded`: untouched tensors must be the teacher's bytes, and if none was touched
             the logits with all windows full must be the teacher's, bit for bit.
         expected: safetensors with `input_ids` [B,T] and the run's `logits` [B,T,V]; None takes the run folder's

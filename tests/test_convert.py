@@ -97,6 +97,12 @@ def another_width(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 100}))
 
 
+def quantised(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def no_safetensors(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -114,6 +120,7 @@ def swapped_already(folder: Path) -> None:
         (truncated_header, "truncated"),
         (without_a_tensor, r"layers\.1\.self_attn\.v_proj"),
         (another_width, "shape"),
+        (quantised, "quantised"),
         (no_safetensors, "safetensors"),
         (swapped_already, "NHA model already"),
     ],

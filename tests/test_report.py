@@ -150,6 +150,18 @@ def test_unfinished_run_shows_what_there_is(run_dir: Path) -> None:
     assert re.search(r'<tr class="final"><td>final</td>(<td>–</td>)+</tr>', page)
 
 
+def test_measured_but_not_summarised(run_dir: Path) -> None:
+    evaluation = json.loads((run_dir / "eval.json").read_text())
+    (run_dir / "eval.json").unlink()
+    (run_dir / "evaluation").mkdir()
+    branches = {"memory_only": row("memory_only", 6.1234)}
+    final = evaluation["final"] | {"memory_recovery": 0.8765, "branches": branches}
+    for name, content in (("final", final), ("teacher", evaluation["teacher"])):
+        (run_dir / "evaluation" / f"{name}.json").write_text(json.dumps(content))
+    page = write_report(run_dir).read_text()
+    assert "<td>6.1234</td>" in page and "<td>0.876</td>" in page and "0.876 final" in page
+
+
 def test_failed_verification_is_said(run_dir: Path) -> None:
     (run_dir / "verify.json").write_text(json.dumps({"passed": False}))
     assert "The exported model failed its verification." in write_report(run_dir).read_text()

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 import torch
 
-from . import blocks, tiles
+from .blocks import add_spans
 from .segments import DIFFERENTIABLE, EMPTY, Group, Inputs, Plan, flat
+from .tiles import Decays, decay_gradient, fade, grown, mix, pair_scores, scan_back, write_gradient
 
 
 def gradients(
@@ -99,7 +100,7 @@ class _Back:
         weights.sub_(lse).exp_()  # [n*b,Q*R,X]
         place = {"first": segment.start, "block": p.block, "window": p.window, "skip": p.skip(segment)}
         if "kv" in self.grads:
-            blocks.add_spans(self.grads["kv"][..., g.dim :], torch.bmm(weights.transpose(1, 2), do), **place)
+            add_spans(self.grads["kv"][..., g.dim :], torch.bmm(weights.transpose(1, 2), do), **place)
         if "q" not in self.grads and "k" not in self.grads:
             return
         values = g.spans(g.x.kv[..., g.dim :], segment)
@@ -109,7 +110,7 @@ class _Back:
             into += torch.bmm(score, g.spans(g.x.k, segment)).view_as(into)
         if "k" in self.grads:
             rows = g.token_rows(g.x.q, segment).reshape(*score.shape[:2], g.dim)
-            blocks.add_spans(self.grads["k"], torch.bmm(score.transpose(1, 2), rows), **place)
+            add_spans(self.grads["k"], torch.bmm(score.transpose(1, 2), rows), **place)
 
     def sinks(self, segment: slice) -> None:
         """Gradients of rotated q, sink keys (both without the scale) and sink values."""
@@ -140,31 +141,31 @@ class _Back:
         rows = g.tiled(g.x.slot_q[:, at.start * p.tile * p.repeat : at.stop * p.tile * p.repeat])
 
         scored, key_pairs, own_key = g.slot_scores(segment, strict=True)
-        read, value_pairs, own_value = tiles.scores(d, do, states[..., g.dim :], inside[..., g.dim :], True)
+        read, value_pairs, own_value = pair_scores(d, do, states[..., g.dim :], inside[..., g.dim :], True)
         assert own_key is not None and own_value is not None
         weights = g.offset(self._with_own(d, scored, own_key), segment).sub_(lse[..., None]).exp_()  # [n*c,L*R,M]
         score = self._with_own(d, read, own_value).sub_(delta[..., None]).mul_(weights)
-        faded = tiles.fade(d, score, p.repeat)
+        faded = fade(d, score, p.repeat)
         if "slot_bias" in grads:
             grads["slot_bias"] += score.view(g.count, -1, p.repeat, score.shape[-1]).sum((1, 3))
-        grown, mixed = tiles.grown(d, score, p.repeat), tiles.mix(d, faded)
+        raised, mixed = grown(d, score, p.repeat), mix(d, faded)
         if "slot_q" in grads:
-            into = torch.bmm(grown, states[..., : g.dim]).baddbmm_(mixed, inside[..., : g.dim])
+            into = torch.bmm(raised, states[..., : g.dim]).baddbmm_(mixed, inside[..., : g.dim])
             first = at.start * p.tile * p.repeat
             grads["slot_q"][:, first : first + into.shape[0] * into.shape[1] // g.count] = into.view(
                 g.count, -1, g.dim
             )
         if not self.wants_states:
             return
-        faded_weights = tiles.fade(d, weights, p.repeat)
-        back = [torch.bmm(grown.transpose(1, 2), rows)]
-        back.append(torch.bmm(tiles.grown(d, weights, p.repeat).transpose(1, 2), do))
+        faded_weights = fade(d, weights, p.repeat)
+        back = [torch.bmm(raised.transpose(1, 2), rows)]
+        back.append(torch.bmm(grown(d, weights, p.repeat).transpose(1, 2), do))
         self.increments[:, at] = torch.cat(back, -1).view(g.count, -1, *states.shape[1:])
         if self.absorbed is not None:
             self.absorbed[some, :, : g.dim] = torch.bmm(mixed.transpose(1, 2), rows)
-            self.absorbed[some, :, g.dim :] = torch.bmm(tiles.mix(d, faded_weights).transpose(1, 2), do)
+            self.absorbed[some, :, g.dim :] = torch.bmm(mix(d, faded_weights).transpose(1, 2), do)
         if "log_decay" in grads:
-            write = tiles.write_gradient(d, [(key_pairs, faded), (value_pairs, faded_weights)], p.repeat)
+            write = write_gradient(d, [(key_pairs, faded), (value_pairs, faded_weights)], p.repeat)
             through = scored.mul_(score).addcmul_(read, weights).view(*write.shape[:2], p.repeat, -1).sum(2)
             self.from_rows[some] = through.addcmul_(write, d.write, value=-1)
             own = [
@@ -172,7 +173,7 @@ class _Back:
             ]
             self.write[some] = write.add_(own[0]).add_(own[1])
 
-    def _with_own(self, d: tiles.Decays, scores: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    def _with_own(self, d: Decays, scores: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """New [n*c,L*R,M]: scores plus what each row's own token writes."""
         grouped = scores.view(*own.shape, -1)
         return torch.addcmul(grouped, own[..., None], d.write[:, :, None]).view_as(scores)
@@ -182,7 +183,7 @@ class _Back:
         g = self.g
         assert g.decays is not None and g.states is not None
         d = g.decays
-        adjoint = tiles.scan_back(d, self.increments, final)
+        adjoint = scan_back(d, self.increments, final)
         after = flat(adjoint[:, 1:])  # [n*C,M,2D] of the state after each tile
         weight = d.write * d.tail
         if self.absorbed is not None:
@@ -193,7 +194,7 @@ class _Back:
             back = torch.bmm(g.absorbed, after.transpose(1, 2))  # [n*C,L,M]
             whole = (after * flat(g.states[:, :-1])).sum(-1).mul_(d.carry)
             self.write.addcmul_(back, d.tail)
-            out = tiles.decay_gradient(g.tile_log_decay, self.from_rows, back.mul_(weight), whole, self.write)
+            out = decay_gradient(g.tile_log_decay, self.from_rows, back.mul_(weight), whole, self.write)
             self.grads["log_decay"] += out.view_as(self.grads["log_decay"])
         if "slots" in self.grads:
             self.grads["slots"] += adjoint[:, 0]

@@ -25,7 +25,7 @@ def _band(
     return band.repeat_interleave(repeat, 0)
 
 
-def spans(x: torch.Tensor, first: int, blocks: int, block: int, window: int, skip: int) -> torch.Tensor:
+def key_spans(x: torch.Tensor, first: int, blocks: int, block: int, window: int, skip: int) -> torch.Tensor:
     """What each block sees of x.
 
     Args:
@@ -45,7 +45,7 @@ def spans(x: torch.Tensor, first: int, blocks: int, block: int, window: int, ski
     return part.reshape(-1, *part.shape[2:])
 
 
-def window_scores(
+def band_scores(
     rows: torch.Tensor, keys: torch.Tensor, block: int, window: int, skip: int, scale: float
 ) -> torch.Tensor:
     """Scores of the window.
@@ -61,7 +61,7 @@ def window_scores(
 
 
 def add_spans(out: torch.Tensor, x: torch.Tensor, first: int, block: int, window: int, skip: int) -> None:
-    """Add the blocks' span gradients to the key array; the adjoint of `spans`, in a fixed order.
+    """Add the blocks' span gradients to the key array; the adjoint of `key_spans`, in a fixed order.
 
     Args:
         out: [n,T+W+Q,D], changed in place.

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import tiles
 from .adjoint import gradients
 from .segments import EMPTY, Group, Inputs, Plan, flat
+from .tiles import fade, grown, mix
 
 
 def _attend(g: Group, segment: slice, o: torch.Tensor, lse: torch.Tensor) -> None:
@@ -48,8 +48,8 @@ def _attend(g: Group, segment: slice, o: torch.Tensor, lse: torch.Tensor) -> Non
         assert g.decays is not None and g.states is not None
         at = plan.tiles_of(segment)
         d, absorbed = g.decays.part(g.flat_tiles(at)), g.absorbed[g.flat_tiles(at), :, g.dim :]
-        read = torch.bmm(tiles.grown(d, slot, plan.repeat), flat(g.states[:, at, :, g.dim :]))
-        read.baddbmm_(tiles.mix(d, tiles.fade(d, slot, plan.repeat)), absorbed)
+        read = torch.bmm(grown(d, slot, plan.repeat), flat(g.states[:, at, :, g.dim :]))
+        read.baddbmm_(mix(d, fade(d, slot, plan.repeat)), absorbed)
         out[:, tail] += read.view_as(out[:, tail])
     o[:, rows] = out.div_(total.clamp(min=1e-30)[..., None])
     lse[:, rows] = top + total.log()

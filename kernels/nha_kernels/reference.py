@@ -52,12 +52,14 @@ def nha_recurrent(
     o = [[q.new_zeros(heads, dim)] * time for _ in range(batch)]
     lse = [[q.new_full((heads,), float("-inf"))] * time for _ in range(batch)]
     states = []
+    split = [[row.unbind(0) for row in x.unbind(0)] for x in (q, slot_q, k, v, log_decay)]  # [B][T]
     for d, (b, places) in enumerate(documents):
         row = _Row(k.shape[2], log_decay.shape[-1], dim, window, sinks, q, cos, initial_state, d)
         for t in places:
+            q_t, slot_q_t, k_t, v_t, log_decay_t = (x[b][t] for x in split)
             turn = (cos[b, t], sin[b, t]) if cos is not None and sin is not None else None
-            row.append(k[b, t], v[b, t], log_decay[b, t], turn)
-            o[b][t], lse[b][t] = row.attend(q[b, t], slot_q[b, t], turn, bias, scale, mask_empty, branch)
+            row.append(k_t, v_t, log_decay_t, turn)
+            o[b][t], lse[b][t] = row.attend(q_t, slot_q_t, turn, bias, scale, mask_empty, branch)
         states.append(row.state())
     stack = [torch.stack([torch.stack(row) for row in x]) for x in (o, lse)]
     return stack[0], stack[1], NHAState.cat(states)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import blocks, tiles
+from .blocks import band_scores, key_spans
+from .tiles import pair_scores, scan_states, tile_decays
 
 EMPTY = -1e30  # stands for the maximum of a row that sees nothing
 
@@ -104,9 +105,9 @@ class Group:
             self.slots = x.log_decay.shape[2]
             self.tile_log_decay = x.log_decay.reshape(-1, plan.tile, self.slots)  # [n*C,L,M]
             self.absorbed = x.kv[:, plan.start : plan.start + length].reshape(-1, plan.tile, 2 * self.dim)
-            self.decays = tiles.decays(self.tile_log_decay)
+            self.decays = tile_decays(self.tile_log_decay)
             if states is None:
-                self.states = tiles.scan(self.decays, self.absorbed, x.slots, self.count)
+                self.states = scan_states(self.decays, self.absorbed, x.slots, self.count)
 
     def token_rows(self, x: torch.Tensor, segment: slice) -> torch.Tensor:
         """[n,t*R,...] of a segment from [n,T*R,...]."""
@@ -130,18 +131,18 @@ class Group:
         """[n*b,X,...] of a segment from [n,A,...]."""
         p = self.plan
         number = (segment.stop - segment.start) // p.block
-        return blocks.spans(x, segment.start, number, p.block, p.window, p.skip(segment))
+        return key_spans(x, segment.start, number, p.block, p.window, p.skip(segment))
 
     def window_scores(self, segment: slice) -> torch.Tensor:
         """[n*b,block*R,X]"""
         p, x = self.plan, self.x
         assert x.q is not None and x.k is not None
         rows = self.token_rows(x.q, segment).reshape(-1, p.block * p.repeat, self.dim)
-        out = blocks.window_scores(rows, self.spans(x.k, segment), p.block, p.window, p.skip(segment), p.scale)
+        out = band_scores(rows, self.spans(x.k, segment), p.block, p.window, p.skip(segment), p.scale)
         hidden = p.hidden - segment.start - 1 - p.skip(segment)  # places of the first span that may be masked
         if hidden > 0:
             number = min(-(-hidden // p.block), (segment.stop - segment.start) // p.block)
-            mask = blocks.spans(x.key_mask, segment.start, number, p.block, p.window, p.skip(segment))
+            mask = key_spans(x.key_mask, segment.start, number, p.block, p.window, p.skip(segment))
             first = out.view(self.count, -1, *out.shape[1:])[:, :number]
             first += mask.view(self.count, number, 1, -1)
         return out
@@ -152,18 +153,18 @@ class Group:
         assert x.q is not None and x.sink_k is not None and x.sink_mask is not None
         out = torch.bmm(self.token_rows(x.q, segment), x.sink_k.transpose(1, 2)).mul_(p.scale)
         masked = x.sink_mask[:, segment]
-        grouped = out[:, : masked.shape[1] * p.repeat].view(self.count, masked.shape[1], p.repeat, -1)
+        grouped = out[:, : masked.shape[1] * p.repeat].view(self.count, masked.shape[1], p.repeat, out.shape[2])
         grouped += masked[:, :, None]
         return out
 
     def slot_scores(self, segment: slice, strict: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Scores [n*c,L*R,M] without bias and mask, and what `tiles.scores` returns with them."""
+        """Scores [n*c,L*R,M] without bias and mask, and what `pair_scores` returns with them."""
         assert self.decays is not None and self.states is not None and self.x.slot_q is not None
         at = self.plan.tiles_of(segment)
         some, step = self.flat_tiles(at), self.plan.tile * self.plan.repeat
         rows = self.tiled(self.x.slot_q[:, at.start * step : at.stop * step])
         state = flat(self.states[:, at, :, : self.dim])
-        return tiles.scores(self.decays.part(some), rows, state, self.absorbed[some, :, : self.dim], strict)
+        return pair_scores(self.decays.part(some), rows, state, self.absorbed[some, :, : self.dim], strict)
 
     def offset(self, scores: torch.Tensor, segment: slice) -> torch.Tensor:
         """Bias and mask added in place to slot scores [n*c,L*R,M]."""

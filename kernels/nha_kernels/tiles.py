@@ -69,7 +69,7 @@ class Decays(NamedTuple):
         )
 
 
-def decays(log_decay: torch.Tensor) -> Decays:
+def tile_decays(log_decay: torch.Tensor) -> Decays:
     """Decay factors of tiles.
 
     Args:
@@ -92,7 +92,7 @@ def decays(log_decay: torch.Tensor) -> Decays:
     return Decays(total[:, :length], total[:, length : 2 * length], falls, lifts, -torch.expm1(log_decay))
 
 
-def scan(d: Decays, kv: torch.Tensor, initial: torch.Tensor | None, rows: int) -> torch.Tensor:
+def scan_states(d: Decays, kv: torch.Tensor, initial: torch.Tensor | None, rows: int) -> torch.Tensor:
     """State at the start of every tile, and after the last.
 
     Args:
@@ -135,7 +135,7 @@ def scan_back(d: Decays, increments: torch.Tensor, final: torch.Tensor | None) -
     return increments
 
 
-def scores(
+def pair_scores(
     d: Decays, rows: torch.Tensor, state: torch.Tensor, inside: torch.Tensor, strict: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Products of query-side rows with the slots as each row finds them.

@@ -76,6 +76,7 @@ def evaluate_student(
     teacher: Any | None = None,
     with_recall: bool = True,
     with_window_recall: bool = False,
+    with_branches: bool = True,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """One row: the model as it stands, its teacher and each of its branches alone, read in one pass.
@@ -88,6 +89,7 @@ def evaluate_student(
         teacher: a model of its own; None reads `model` in teacher mode, which is right only while the backbone is
             untouched.
         with_window_recall: ask the window alone for recall, too.
+        with_branches: read every branch alone; False reads only the window, which memory recovery needs.
     Returns:
         {"label", "nll", "kl", "top1", each with "..._buckets", "nll_teacher", "memory_recovery",
         "ablation": {"window", "slots", "none"} (NLL), "branches": {"window_only", "memory_only", "no_attention"}
@@ -96,12 +98,13 @@ def evaluate_student(
     started = time.perf_counter()
     unit = student_window(model) if window is None else window
     readers = {"teacher": teacher_logits_of(model, teacher), label: logits_of(model)}
-    readers |= {name: branch_reader(model, branch) for name, branch in BRANCHES.items()}
+    branches = BRANCHES if with_branches else {"window_only": BRANCHES["window_only"]}
+    readers |= {name: branch_reader(model, branch) for name, branch in branches.items()}
     models = (model,) if teacher is None else (model, teacher)
     rows = _readings(readers, models, tokenizer, held_out, settings, "teacher", quiet)
     row = rows[label]
-    row["branches"] = {name: rows[name] for name in BRANCHES}
-    row["ablation"] = {branch: rows[name]["nll"] for name, branch in BRANCHES.items()}
+    row["branches"] = {name: rows[name] for name in branches}
+    row["ablation"] = {branch: rows[name]["nll"] for name, branch in branches.items()}
     row["nll_teacher"] = rows["teacher"]["nll"]
     row["memory_recovery"] = memory_recovery(row["nll"], row["nll_teacher"], row["ablation"]["window"])
     length = settings.sequence_length

@@ -76,7 +76,8 @@ class NHAModelMixin(NHAPreTrainedMixin):
             past_key_values: a cache from `new_cache()`; made here when `use_cache` asks for one.
             use_cache: default: the configuration's, but off while training.
         Raises:
-            ValueError: a mask that is not 2D, packed documents with B > 1, or a cache without NHA states.
+            ValueError: a mask that is not 2D, packed documents with B > 1 or a cache, or a cache without
+                NHA states.
         """
         if nha_layers(self):  # type: ignore[arg-type]
             if use_cache is None:
@@ -107,6 +108,8 @@ class NHAModelMixin(NHAPreTrainedMixin):
         students = self._student_layers()
         if past_key_values is not None:
             check_cache(past_key_values, students)
+            if kwargs.get("cu_seq_lens_q") is not None:
+                raise ValueError("packed documents (cu_seq_lens_q) cannot be read with a cache: pass use_cache=False")
         padding = _padding_mask(attention_mask, length)
         if padding is not None:
             kwargs["nha_padding_mask"] = padding

@@ -41,13 +41,15 @@ def token_losses(
 
     def chunk(student: torch.Tensor, teacher: torch.Tensor | None, targets: torch.Tensor) -> tuple[Any, Any]:
         logits = head(student).float()  # [n,V]
-        entropy = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+        found = F.log_softmax(logits, -1)
+        entropy = F.nll_loss(found, targets, ignore_index=IGNORE, reduction="sum")
         if teacher is None:
             return torch.zeros_like(entropy), entropy
         with torch.no_grad():
             wanted = F.log_softmax(head(teacher).float() / temperature, -1)  # [n,V]
-        divergence = F.kl_div(F.log_softmax(logits / temperature, -1), wanted, log_target=True, reduction="sum")
-        return divergence * temperature**2, entropy
+        if temperature != 1:
+            found = F.log_softmax(logits / temperature, -1)
+        return F.kl_div(found, wanted, log_target=True, reduction="sum") * temperature**2, entropy
 
     rows = student.flatten(0, 1)  # [N,hidden]
     teacher_rows = None if teacher is None else teacher.flatten(0, 1)  # [N,hidden]

@@ -150,8 +150,10 @@ def test_distances_that_fit_the_context() -> None:
 
 
 def test_wilson_interval() -> None:
-    # values of R's binom.confint(..., methods = "wilson")
-    assert wilson_interval(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-5)
-    assert wilson_interval(0, 32) == pytest.approx((0, 0.1071796), abs=1e-4)
-    assert wilson_interval(32, 32)[1] == 1
+    low, high = wilson_interval(8, 10)
+    assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    for bound in (low, high):  # the definition: shares from which 0.8 is 1.96 standard errors away
+        assert abs(0.8 - bound) == pytest.approx(1.96 * (bound * (1 - bound) / 10) ** 0.5)
+    assert wilson_interval(0, 32) == pytest.approx((0, 0.1072), abs=1e-4)
+    assert wilson_interval(32, 32)[1] == pytest.approx(1)
     assert wilson_interval(0, 0) == (0, 1)

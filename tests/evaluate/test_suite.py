@@ -82,8 +82,18 @@ def test_student_without_absorption_equals_its_teacher(
 ) -> None:
     student = load_student(word_llama, NHASettings(window=256, slots=8))
     result = evaluate_student(
-        student, word_tokenizer, HELD_OUT, filler, SETTINGS, label="final", window=16, with_recall=False, quiet=True
+        student,
+        word_tokenizer,
+        HELD_OUT,
+        filler,
+        SETTINGS,
+        label="final",
+        window=16,
+        with_recall=False,
+        with_branches=False,
+        quiet=True,
     )
+    assert list(result["branches"]) == ["window_only"] and list(result["ablation"]) == ["window"]
     assert result["nll"] == pytest.approx(result["nll_teacher"], abs=1e-6)
     assert result["top1"] == 1 and result["memory_recovery"] is None
     assert "recall" not in result

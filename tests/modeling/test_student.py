@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
@@ -103,6 +104,14 @@ def test_packed_documents_are_separate(pico: Path) -> None:
     together = model(packed, position_ids=positions, use_cache=False).logits
     alone = torch.cat([model(piece).logits for piece in packed.split(lengths, dim=1)], 1)
     assert (together - alone).abs().max() <= 1e-5
+    boundaries = torch.tensor([0, 17, 18, 40], dtype=torch.int32)
+    only_nha = load_student(pico, NHASettings(window=6, slots=8, sinks=2))
+    by_position = only_nha(packed, position_ids=positions, use_cache=False).logits
+    assert torch.equal(
+        only_nha(packed, position_ids=positions, cu_seq_lens_q=boundaries, use_cache=False).logits, by_position
+    )
+    with pytest.raises(ValueError, match="cache"):
+        model(packed, position_ids=positions, cu_seq_lens_q=boundaries, use_cache=True)
     with pytest.raises(ValueError, match="1 row"):
         model(IDS, position_ids=positions.expand(2, -1), use_cache=False)
 
@@ -145,6 +154,27 @@ def test_student_hook_inside_teacher_mode(pico_llama: Path) -> None:
     teacher, student = caught[0]
     assert torch.allclose(teacher[0, 7:13], student[0, 7:13], atol=1e-5)  # within the window both see everything
     assert not torch.allclose(teacher[0, 20:], student[0, 20:], atol=1e-2)
+
+
+def test_peft_wrapped(pico: Path) -> None:
+    """LoRA on the projections: layers are found, teacher mode without adapters is the teacher, gradients arrive."""
+    teacher = AutoModelForCausalLM.from_pretrained(pico)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], modules_to_save=["nha"])
+    model = get_peft_model(load_student(pico, SMALL), lora)
+    assert [index for index, _ in nha_layers(model)] == [0, 1]
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert sum(".nha." in name for name in trained) == 2 * 4 and sum("lora_B" in name for name in trained) == 2 * 4
+    assert all(parameter.grad.abs().max() > 0 for name, parameter in trained.items() if "lora_A" not in name)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            if "lora_B" in name:
+                parameter.normal_()
+        with teacher_mode(model), model.disable_adapter():
+            assert torch.equal(model(input_ids=IDS).logits, teacher(IDS).logits)
+        adapted = model(input_ids=IDS).logits
+        merged = model.merge_and_unload()(IDS).logits
+    assert (adapted - merged).abs().max() <= 1e-3 * adapted.abs().max()  # W + BA is rounded once more in fp32
 
 
 @pytest.mark.parametrize(

@@ -48,28 +48,36 @@ def test_killed_in_every_place(pico_llama: Path, text: Path, uninterrupted: dict
         assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """SIGTERM to this process in the middle of a step."""
+def stop_at(monkeypatch: pytest.MonkeyPatch, index: int, step: int) -> None:
+    """SIGTERM to this process in the middle of a step of stage `index`."""
     real = trainer.NHATrainer.training_step
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step + 1 == step:
+        if self.job.index == index and self.state.global_step + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(trainer.NHATrainer, "training_step", training_step)
 
 
+@pytest.mark.parametrize(("index", "name", "steps"), [(0, "01-align", 9), (1, "02-distill", 8)])
 def test_sigterm_saves_and_raises(
-    pico_llama: Path, text: Path, uninterrupted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pico_llama: Path,
+    text: Path,
+    uninterrupted: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    index: int,
+    name: str,
+    steps: int,
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        with pytest.raises(WorkError, match=r"01-align: stopped by SIGTERM at step 5 of 9.*--resume"):
+        stop_at(patch, index, 5)
+        with pytest.raises(WorkError, match=rf"{name}: stopped by SIGTERM at step 5 of {steps}.*--resume"):
             train(pico_llama, tmp_path, make_recipe(text))
     assert signal.getsignal(signal.SIGTERM) is before
-    assert sorted(path.name for path in (tmp_path / "stages/01-align").iterdir()) == ["checkpoint-5"]
+    assert sorted(path.name for path in (tmp_path / "stages" / name).iterdir()) == ["checkpoint-5"]
     model, _ = train(pico_llama, tmp_path, make_recipe(text), resume=True)
     same(uninterrupted["tensors"], model)
     assert rows(tmp_path) == rows(uninterrupted["folder"])
@@ -96,7 +104,7 @@ def test_a_checkpoint_without_marker_does_not_count(
     pico_llama: Path, text: Path, uninterrupted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        stop_at(patch, 4)
+        stop_at(patch, 0, 4)
         with pytest.raises(WorkError):
             train(pico_llama, tmp_path, make_recipe(text))
     (tmp_path / "stages/01-align/checkpoint-4/COMPLETE").unlink()

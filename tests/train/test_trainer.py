@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from nha_convert.convert import load_student
 from nha_convert.data import training_dataset
+from nha_convert.train import run_stage
 from nha_convert.train.align import AlignTrainer
 from nha_convert.train.distill import DistillTrainer
 from nha_convert.train.job import StageJob
@@ -49,3 +50,15 @@ def test_the_model_comes_back_as_it_was_lent(uninterrupted: dict[str, Any], pico
     assert type(model) is type(fresh)
     assert not model.training
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_nothing_is_drawn_where_there_is_no_terminal(
+    pico_llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(text)
+    recipe.stages = [recipe.stages[0].model_copy(update={"tokens": 2 * 96})]
+    model = load_student(pico_llama, recipe.nha, dtype=torch.float32, seed=3)
+    tokenizer = AutoTokenizer.from_pretrained(pico_llama)
+    capsys.readouterr()
+    run_stage(model, tokenizer, recipe, 0, tmp_path, quiet=False)
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,260 @@
+"""The commands on pico models: what they print, write and return."""
+
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from nha_convert.app import app, main
+from nha_convert.recipe import Recipe, dump_recipe, list_recipes, load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ["run", "swap", "plan", "recipes", "eval", "export", "verify", "report", "generate", "doctor"]
+
+
+@dataclass
+class Answer:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def in_a_process(*arguments: Any, cwd: Path) -> Answer:
+    """The command as a stranger starts it."""
+    answer = subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    return Answer(answer.returncode, answer.stdout, answer.stderr)
+
+
+def nha_convert(*arguments: Any, cwd: Path) -> Answer:
+    """The same entry point in this process, where torch is imported already."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["nha-convert", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Answer(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def swapped(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("swapped")
+    answer = in_a_process("swap", pico_llama, "out", "--set", "nha.window=[8, full]", "--json", cwd=place)
+    assert answer.returncode == 0, answer.stderr
+    report = json.loads(answer.stdout)
+    assert (report["layers"], report["nha_layers"]) == (2, [0])
+    return place / "out"
+
+
+# ---- help ----------------------------------------------------------------------------------------
+def test_help_lists_every_command_and_is_quick() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    answer = in_a_process("--help", cwd=ROOT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert answer.returncode == 0
+    listed = [line.split()[0] for line in answer.stdout.split("Commands:")[1].splitlines() if line.strip()]
+    assert sorted(listed) == sorted(COMMANDS)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert seconds < 1.5  # processor time: about 0.3 s; importing torch alone takes longer
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command(command: str) -> None:
+    answer = CliRunner().invoke(app, [command, "--help"])
+    assert answer.exit_code == 0
+    assert "Usage:" in answer.output
+    summary = answer.output.split("\n\n")[1].strip()
+    assert len(summary) > 20
+
+
+def test_version() -> None:
+    answer = CliRunner().invoke(app, ["--version"])
+    assert answer.output.startswith("nha-convert ")
+
+
+# ---- recipes and plan ----------------------------------------------------------------------------
+def test_recipes(tmp_path: Path) -> None:
+    names = json.loads(nha_convert("recipes", "ls", "--json", cwd=tmp_path).stdout)
+    assert sorted(names) == list_recipes()
+    assert nha_convert("recipes", "cp", "demo", "mine.yaml", cwd=tmp_path).returncode == 0
+    text = (tmp_path / "mine.yaml").read_text()
+    assert nha_convert("recipes", "show", "demo", cwd=tmp_path).stdout == text
+    assert "mine.yaml: valid" in nha_convert("recipes", "validate", "mine.yaml", "demo", cwd=tmp_path).stdout
+    shown = nha_convert("recipes", "show", "mine.yaml", "--set", "nha.slots=7", cwd=tmp_path).stdout
+    assert "slots: 7" in shown
+    (tmp_path / "mine.yaml").write_text(text.replace("slots:", "slotz:"))
+    answer = nha_convert("recipes", "validate", "demo", "mine.yaml", cwd=tmp_path)
+    assert answer.returncode == 2
+    assert answer.stdout == "demo: valid\n"
+    assert "did you mean `nha.slots`?" in answer.stderr
+
+
+def test_plan(pico_llama: Path, tmp_path: Path) -> None:
+    arguments = ["run", pico_llama, "--dry-run", "--set", "evaluate.sequence_length=64"]
+    for stage in ("align", "distill"):
+        arguments += ["--set", f"stages.{stage}.sequence_length=256"]
+    shown = nha_convert(*arguments, "--json", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    plan = json.loads(shown.stdout)
+    assert plan["output"] == f"runs/{pico_llama.name}"
+    again = nha_convert("plan", pico_llama, *arguments[3:], "--json", cwd=tmp_path)
+    assert json.loads(again.stdout) == plan
+    table = nha_convert(*arguments, cwd=tmp_path).stdout
+    assert "peak memory" in table and "distill" in table
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- run: what the command adds to the pipeline ---------------------------------------------------
+RECIPE = """\
+nha: {window: 8, slots: 4}
+data: {sources: [{source: stdlib}]}
+stages: [{kind: align, tokens: 256, sequence_length: 64, batch_size: 1}]
+evaluate: {sequence_length: 64}
+"""
+
+
+@pytest.fixture
+def run_folder(pico_llama: Path, tmp_path: Path) -> Path:
+    """A finished run of mine.yaml, as its files say."""
+    (tmp_path / "mine.yaml").write_text(f"model: {pico_llama}\n{RECIPE}")
+    folder = tmp_path / "run"
+    (folder / "export").mkdir(parents=True)
+    (folder / "export" / "config.json").write_text("{}")
+    (folder / "recipe.yaml").write_text(dump_recipe(load_recipe(str(tmp_path / "mine.yaml"))))
+    rows = {"teacher": {"label": "teacher", "nll": 2.0}, "final": {"label": "final", "nll": 2.125}}
+    (folder / "eval.json").write_text(json.dumps(rows))
+    (folder / "verify.json").write_text('{"passed": true, "failures": []}')
+    (folder / "report.html").touch()
+    return folder
+
+
+def test_a_finished_run_prints_its_table_again(run_folder: Path) -> None:
+    for arguments in (["mine.yaml", "--out", "run"], ["run"]):
+        answer = nha_convert("run", *arguments, "--resume", cwd=run_folder.parent)
+        assert answer.returncode == 0, answer.stderr
+        assert "2.1250" in answer.stdout and "run/export" in answer.stdout
+    as_json = json.loads(nha_convert("run", "run", "--resume", "--json", cwd=run_folder.parent).stdout)
+    assert as_json["evaluation"]["final"]["nll"] == 2.125
+    again = nha_convert("run", "mine.yaml", "--out", "run", cwd=run_folder.parent)
+    assert again.returncode == 2
+    assert "go on with --resume" in again.stderr
+    other = nha_convert("run", "run", "--resume", "--set", "nha.slots=8", cwd=run_folder.parent)
+    assert other.returncode == 2
+    assert "nha.slots is 4 in the folder, 8 now" in other.stderr
+
+
+def test_a_failed_verification_is_exit_code_1(run_folder: Path) -> None:
+    (run_folder / "verify.json").write_text('{"passed": false, "failures": ["logits differ by 0.5"]}')
+    answer = nha_convert("run", "run", "--resume", cwd=run_folder.parent)
+    assert answer.returncode == 1
+    assert "2.1250" in answer.stdout
+    assert answer.stderr == "error: run/export: logits differ by 0.5\n"
+
+
+def test_an_interrupted_run_says_how_to_go_on(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run_folder / "report.html").unlink()
+    calls: list[tuple[Any, dict[str, Any]]] = []
+
+    def interrupted(recipe: Recipe, out: Path, **options: Any) -> None:
+        calls.append((out, options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nha_convert.pipeline.run", interrupted)
+    answer = nha_convert("run", "run", "--resume", "--quiet", cwd=run_folder.parent)
+    assert answer.returncode == 1
+    assert calls == [(Path("run"), {"resume": True, "quiet": True})]
+    assert answer.stderr == "error: run: interrupted; what was done is kept, go on with: nha-convert run run --resume\n"
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+def test_generate(swapped: Path, tmp_path: Path) -> None:
+    arguments = ["generate", swapped, "--prompt", "the first", "--max-new-tokens", 12]
+    answer = nha_convert(*arguments, "--json", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    result = json.loads(answer.stdout)
+    assert (result["prompt_tokens"], result["new_tokens"]) == (9, 12)
+    streamed = nha_convert(*arguments, cwd=tmp_path)
+    assert streamed.stdout.strip() == result["text"].strip()
+    sampled = [
+        json.loads(nha_convert(*arguments, "--temperature", 1, "--seed", seed, "--json", cwd=tmp_path).stdout)["text"]
+        for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_generate_refuses(swapped: Path, tmp_path: Path) -> None:
+    answer = nha_convert("generate", swapped, "--prompt", "x", "--device", "tpu9", cwd=tmp_path)
+    assert answer.returncode == 2
+    assert "one of auto, cpu, mps, cuda or cuda:N is needed" in answer.stderr
+
+
+def test_verify(swapped: Path, pico_llama: Path, tmp_path: Path) -> None:
+    answer = nha_convert("verify", swapped, "--teacher", pico_llama, "--json", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)["passed"]
+
+
+def test_verify_fails_with_exit_code_1(swapped: Path, tmp_path: Path, pico_models: dict[str, Path]) -> None:
+    """Weights of another teacher: the work of checking was done, and the answer is no."""
+    answer = nha_convert("verify", swapped, "--teacher", pico_models["llama_tied_rope"], cwd=tmp_path)
+    assert answer.returncode == 1, answer.stderr
+    assert all(line.startswith("error: ") for line in answer.stderr.splitlines())
+    assert "failed" in answer.stdout
+
+
+def test_eval(swapped: Path, pico_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("All that glitters is not gold; " * 40)
+    arguments = ["eval", swapped, "--text", "text.txt", "--no-recall", "--json", "numbers.json"]
+    settings = ["--set", "evaluate.sequence_length=64", "--set", "evaluate.tokens=512"]
+    answer = nha_convert(*arguments, *settings, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers["final"]["nll"] > numbers["final"]["kl"] >= 0
+    assert numbers["final"]["nll_teacher"] == pytest.approx(numbers["teacher"]["nll"], abs=1e-5)
+    assert {"window_only", "memory_only", "no_attention"} <= numbers.keys()
+    assert "window only" in answer.stdout
+    against = nha_convert(*arguments, *settings, "--teacher", pico_llama, "--quiet", cwd=tmp_path)
+    assert against.returncode == 0, against.stderr
+    assert against.stdout == ""
+    again = json.loads((tmp_path / "numbers.json").read_text())
+    assert again["final"]["kl"] == pytest.approx(numbers["final"]["kl"], abs=1e-5)
+    too_long = nha_convert("eval", swapped, "--no-recall", cwd=tmp_path)
+    assert too_long.returncode == 2
+    assert "use --set evaluate.sequence_length=512" in too_long.stderr
+
+
+def test_eval_of_an_ordinary_model(pico_llama: Path, tmp_path: Path) -> None:
+    settings = ["--set", "evaluate.sequence_length=64", "--set", "evaluate.tokens=256"]
+    answer = nha_convert("eval", pico_llama, "--no-recall", "--json", "n.json", *settings, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert set(json.loads((tmp_path / "n.json").read_text())) == {"teacher", "settings"}
+
+
+# ---- doctor --------------------------------------------------------------------------------------
+def test_doctor(tmp_path: Path) -> None:
+    answer = nha_convert("doctor", "--json", cwd=tmp_path)
+    checks = {check["name"]: check for check in json.loads(answer.stdout)}
+    assert {"python", "torch", "transformers", "devices", "attention op", "recipes", "embedded model"} <= checks.keys()
+    assert checks["attention op"]["passed"] and checks["recipes"]["passed"]
+    failed = [name for name, check in checks.items() if not check["passed"]]
+    assert answer.returncode == (1 if failed else 0)
+    assert all(checks[name]["fix"] for name in failed)

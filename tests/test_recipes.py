@@ -1,0 +1,243 @@
+"""Recipes: the shipped ones are valid and documented, every mistake is named with its place and its fix."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nha_convert.errors import InputError
+from nha_convert.recipe import (
+    Recipe,
+    dump_recipe,
+    embedded_teacher,
+    evaluate_settings,
+    list_recipes,
+    load_recipe,
+    parse_recipe,
+    recipe_path,
+    recipes_folder,
+    swap_settings,
+)
+
+SMALL = """\
+model: embedded
+data: {sources: [{source: stdlib}]}
+stages:
+  - {kind: align, tokens: 400k}
+  - {kind: distill, tokens: 8192, sequence_length: 64, batch_size: 3}
+"""
+
+
+def small(*overrides: str) -> Recipe:
+    return parse_recipe(SMALL, "small.yaml", list(overrides))
+
+
+def complaint(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        parse_recipe(text, "my.yaml", list(overrides))
+    return str(caught.value).splitlines()
+
+
+# ---- shipped -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", list_recipes())
+def test_shipped_recipe(name: str) -> None:
+    recipe = load_recipe(name)
+    assert parse_recipe(dump_recipe(recipe), "again.yaml") == recipe
+    head = [line for line in recipe_path(name).read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    for word in ("Needs:", "Costs:", "Run:"):
+        assert any(word in line for line in head), f"{name}: the header does not say what it {word}"
+    assert any(
+        line.split()[:5] in (["#", "Run:", "nha-convert", "run", one] for one in (name, recipe.model)) for line in head
+    )
+
+
+def test_shipped_names() -> None:
+    assert {"demo", "align-only", "llama", "qwen2", "qwen3"} <= set(list_recipes())
+    assert embedded_teacher() == recipes_folder() / "teacher"
+
+
+def test_recipe_loads_no_torch() -> None:
+    code = "import sys; from nha_convert.recipe import load_recipe; load_recipe('demo'); print('torch' in sys.modules)"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=recipes_folder().parent, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.strip() == "False"
+
+
+# ---- values --------------------------------------------------------------------------------------
+def test_defaults_and_steps() -> None:
+    recipe = small()
+    assert recipe.output == "runs/small"
+    assert (recipe.stages[0].tokens, recipe.stages[0].steps) == (400_000, 98)  # 97.66 batches of 8 x 512
+    assert recipe.stages[1].steps == 43  # 8192 / 192 = 42.67
+    assert small("stages.0.tokens=4096").stages[0].steps == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "tokens"), [("20M", 20_000_000), ("1.5k", 1500), ("1B", 10**9), ("7", 7), ("1_000", 1000), ("2e3", 2000)]
+)
+def test_token_counts(given: str, tokens: int) -> None:
+    if given == "2e3":
+        assert complaint(SMALL, f"stages.align.tokens={given}")  # YAML reads 2e3 as text; the form is 2k
+    else:
+        assert small(f"stages.align.tokens={given}").stages[0].tokens == tokens
+
+
+def test_windows() -> None:
+    nha = small("nha.window=[64, full, 0]", "nha.full_attention_layers=[2]").nha
+    assert nha.windows(3) == [64, None, None]
+    assert small("nha.full_attention_layers=every:4").nha.windows(9) == [64, 64, 64, None] * 2 + [64]
+    assert small("nha.window=full").nha.windows(2) == [None, None]
+    with pytest.raises(InputError, match="has 4 layers .* found 3"):
+        nha.windows(4)
+    with pytest.raises(InputError, match=r"layers 0 to 1 exist in this model, found \[2\]"):
+        small("nha.full_attention_layers=[0, 2]").nha.windows(2)
+
+
+# ---- overrides -----------------------------------------------------------------------------------
+def test_overrides() -> None:
+    recipe = small(
+        "output=a=b",  # '=' inside a value
+        "nha.window=[32, full]",
+        "stages.distill.lora.rank=2",  # an entry by its kind, through a mapping that the text does not have
+        "stages.0.name=first",
+        "data.sources.stdlib.weight=0.5",
+        "nha.sinks=9",
+        "~nha.sinks",
+        "~stages.1",
+    )
+    assert recipe.output == "a=b"
+    assert recipe.nha.window == [32, "full"]
+    assert [stage.name for stage in recipe.stages] == ["first"]
+    assert recipe.data.sources[0].weight == 0.5
+    assert recipe.nha.sinks == 4
+    assert small("stages.distill.lora.rank=2").stages[1].lora.rank == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("nha.slotz=3", "nha.slotz: unknown key, did you mean `nha.slots`?"),
+        ("slots=3", "slots: unknown key, did you mean `nha.slots`?"),
+        ("nah.window=3", "nah: unknown key, did you mean `nha`?"),
+        ("stages.distill.lora.rnak=3", "did you mean `stages.1.lora.rank`?"),
+        ("stages.align.kl_weight=1", "stages.0.kl_weight: unknown key; allowed here: "),
+        ("nha.slots=0", "nha.slots: a number >= 1 is needed, found 0"),
+        ("nha.slots=true", "a number is needed, found true"),
+        ("nha.window=-1", "nha.window: an integer >= 0, `full`, or a list"),
+        ("nha.window=[8, -1]", "found -1"),
+        ("nha.tau=.inf", "a finite number is needed"),
+        ("nha.gate_init=sprad", "did you mean `spread`?"),
+        ("nha.full_attention_layers=auto:4", "is not in this version"),
+        ("stages.0.kind=algin", "stages.0.kind: 'algin' is unknown, did you mean `align`?"),
+        ("seed=x", "an integer is needed, found 'x'"),
+        ("runtime.device=gpu", "one of auto, cpu, mps, cuda or cuda:N is needed"),
+        ("nha=3", "a mapping with the keys"),
+        ("data.sources=[{source: recall}]", "`recall` documents are filled with text"),
+        ("data.sources=[{source: text}]", "needs `path`"),
+        ("stages.distill.lora.targets=[]", "a list of at least 1 entries is needed"),
+        ("~model", "model: is missing; add it, with a Hub id"),
+        ("~nha.slotz", "did you mean `nha.slots`?"),
+        ("foo", "the form is `a.b=value`"),
+        ("~nha.slots=3", "the form is `a.b=value`"),
+        ("nha..slots=3", "the form is `a.b=value`"),
+        ("stages.7.tokens=3", "entries: 0 (align), 1 (distill)"),
+        ("model.x=3", "`model` is 'embedded' and has no keys inside"),
+        ("nha.window=[", "is not valid YAML"),
+    ],
+)
+def test_a_wrong_override_names_itself_and_the_fix(override: str, said: str) -> None:
+    lines = complaint(SMALL, override)
+    assert len(lines) == 1
+    assert lines[0].startswith(f"--set {override}: ")
+    assert said in lines[0]
+
+
+def test_commands_refuse_settings_they_do_not_read(tmp_path: Path) -> None:
+    nha, seed = swap_settings(["nha.slots=8", "seed=3"])
+    assert (nha.slots, seed) == (8, 3)
+    assert evaluate_settings(tmp_path, ["evaluate.tokens=2k"]).tokens == 2000
+    with pytest.raises(InputError, match="`swap` reads the settings under `nha` and `seed` alone"):
+        swap_settings(["evaluate.tokens=4"])
+    with pytest.raises(InputError, match="did you mean `evaluate.tokens`"):
+        evaluate_settings(tmp_path, ["evaluate.token=4"])
+
+
+# ---- mistakes in files ---------------------------------------------------------------------------
+def test_every_problem_at_once_with_its_line() -> None:
+    lines = complaint(
+        """\
+model: embedded
+nha:
+  slotz: 3
+  window: -1
+  tau: 1
+  tau: 2
+data: {sources: [{source: stdlb}]}
+stages:
+  - {kind: align}
+  - {tokens: 3}
+evalute: {}
+""",
+        "nha.sinkz=1",
+    )
+    said = "\n".join(lines)
+    for place, words in {
+        "my.yaml:3": "nha.slotz: unknown key, did you mean `nha.slots`?",
+        "my.yaml:4": "nha.window: an integer >= 0",
+        "my.yaml:6": "nha.tau: stands twice",
+        "my.yaml:7": "found 'stdlb', did you mean `stdlib`?",
+        "my.yaml:9": "stages.0.tokens: is missing",
+        "my.yaml:10": "stages.1: `kind` is missing; allowed: align, distill",
+        "my.yaml:11": "evalute: unknown key, did you mean `evaluate`?",
+        "--set nha.sinkz=1": "nha.sinkz: unknown key, did you mean `nha.sinks`?",
+    }.items():
+        assert re.search(f"^{re.escape(place)}: .*{re.escape(words)}", said, re.MULTILINE), (place, said)
+    assert len(lines) == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [1", "my.yaml:1: not valid YAML"),
+        ("- 1", "my.yaml: a mapping of settings is needed, found list"),
+        ("", "a mapping of settings is needed, found NoneType"),
+        ("model: embedded", "data: is missing; add it, such as"),
+    ],
+)
+def test_wrong_files(text: str, said: str) -> None:
+    assert said in "\n".join(complaint(text))
+
+
+# ---- names ---------------------------------------------------------------------------------------
+def test_names(tmp_path: Path, pico_models: dict[str, Path]) -> None:
+    recipe = load_recipe(str(pico_models["qwen2_tied"]))
+    family = load_recipe("qwen2")
+    assert recipe.model == str(pico_models["qwen2_tied"])
+    assert recipe.output == "runs/qwen2_tied"
+    assert recipe.stages == family.stages
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(SMALL)
+    assert load_recipe(str(mine)).output == "runs/mine"
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(dump_recipe(small()))
+    assert load_recipe(str(run)).output == str(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("dmeo", "did you mean `demo`?"),
+        ("missing.yaml", "no such recipe file; shipped recipes: "),
+        ("/no/such/folder", "no shipped recipe, recipe file, model folder or Hub id has this name"),
+        ("no-such/model", "the Hub gave no config.json"),
+    ],
+)
+def test_unknown_names(name: str, said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe(name)
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
