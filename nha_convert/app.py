@@ -135,8 +135,8 @@ def swap(
     \b
     nha-convert swap Qwen/Qwen3-0.6B swapped/ --set nha.window=64 --set nha.full_attention_layers=every:4
 
-    Settings are those under `nha.` and `seed`. The result loads with plain transformers; untrained, its memory is
-    of little use: train it with `nha-convert run`.
+    Settings are those under `nha.` and `seed`. The result carries its code and loads with plain transformers.
+    Untrained, its memory is of little use: `nha-convert run` trains it.
     """
     from .model_files import check_safetensors, local_folder
     from .plan import model_dimensions
@@ -255,7 +255,7 @@ def verify(
 
     \b
     nha-convert verify runs/demo
-    nha-convert verify swapped/ --teacher Qwen/Qwen3-0.6B --json
+    nha-convert verify my-model/ --teacher Qwen/Qwen3-0.6B --json
 
     Compares logits with the run's own, cached with uncached decoding, files with their recorded hashes. Exit code 1
     means that a check failed.

@@ -23,6 +23,7 @@ from .gate_init import gate_parameters, init_gates, layer_seed
 from .model_files import check_family, check_safetensors, local_folder
 from .modeling import NHALlamaConfig, NHAQwen2Config, NHAQwen3Config
 from .modeling.attention_nha import nha_layers
+from .remote_code import add_code
 from .settings import NHASettings
 
 CONFIGS: dict[str, Any] = {"llama": NHALlamaConfig, "qwen2": NHAQwen2Config, "qwen3": NHAQwen3Config}
@@ -279,11 +280,8 @@ def _write_checkpoint(
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(merged.items()))}
     (work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     config.save_pretrained(work)
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and _is_carried(path):
-            shutil.copyfile(path, work / path.name)
-    if (folder / CHAT_TEMPLATES).is_dir():
-        shutil.copytree(folder / CHAT_TEMPLATES, work / CHAT_TEMPLATES)
+    add_code(work)
+    carry_files(folder, work)
     return {
         "base_tensors": len(weight_map),
         "new_tensors": len(new),
@@ -292,11 +290,14 @@ def _write_checkpoint(
     }
 
 
-def _is_carried(path: Path) -> bool:
-    """Tokenizer, generation config, licence: what belongs to a model besides its weights and config."""
-    if path.name == "config.json" or path.name.endswith((".index.json", ".safetensors")):
-        return False
-    return any(path.match(pattern) for pattern in MODEL_FILES)
+def carry_files(folder: Path, work: Path) -> None:
+    """Copy what belongs to a model besides its weights and config: tokenizer, generation config, licence."""
+    for path in sorted(folder.iterdir()):
+        weights = path.name == "config.json" or path.name.endswith((".index.json", ".safetensors"))
+        if path.is_file() and not weights and any(path.match(pattern) for pattern in MODEL_FILES):
+            shutil.copyfile(path, work / path.name)
+    if (folder / CHAT_TEMPLATES).is_dir():
+        shutil.copytree(folder / CHAT_TEMPLATES, work / CHAT_TEMPLATES)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .convert import CHAT_TEMPLATES, INDEX, MODEL_FILES, new_parameter_names, resolve_model
+from .convert import INDEX, carry_files, new_parameter_names, resolve_model
 from .errors import WorkError
 from .model_card import model_card
 from .preflight import check_new_folder
@@ -205,12 +205,7 @@ def _write_description(work: Path, model: Any, tokenizer: PreTrainedTokenizerBas
     config.architectures = [type(model).__name__]
     config.save_pretrained(work)
     add_code(work)
-    for path in sorted(teacher_dir.iterdir()):
-        described = path.name == "config.json" or path.name.endswith((".safetensors", ".index.json"))
-        if path.is_file() and not described and any(path.match(pattern) for pattern in MODEL_FILES):
-            shutil.copyfile(path, work / path.name)
-    if (teacher_dir / CHAT_TEMPLATES).is_dir():
-        shutil.copytree(teacher_dir / CHAT_TEMPLATES, work / CHAT_TEMPLATES)
+    carry_files(teacher_dir, work)
     if not (work / "generation_config.json").is_file():
         model.generation_config.save_pretrained(work)
     if not _names_tokenizer(work):

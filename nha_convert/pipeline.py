@@ -57,14 +57,14 @@ def run(recipe: Recipe, out: Path | None = None, *, resume: bool = False, quiet:
     model = load_student(teacher_dir, recipe.nha, dtype=getattr(torch, recipe.runtime.dtype), seed=recipe.seed)
     model.to(find_device(recipe.runtime.device))
     measure = Measurement(recipe, tokenizer, out / "evaluation", quiet)
-    rows = {"teacher": measure.teacher(model), "swapped": measure.student(model, "swapped", teacher=None)}
+    rows = {"teacher": measure.teacher(model)}
+    rows["swapped"] = measure.student(model, "swapped", teacher=None, last=not recipe.stages)
     for index, stage in enumerate(recipe.stages):
         model, _ = run_stage(model, tokenizer, recipe, index, out, resume=resume, quiet=quiet)
         last = index == len(recipe.stages) - 1
         label = "final" if last else "aligned" if stage.kind == "align" else f"stage_{index + 1}"
-        rows[label] = measure.student(
-            model, label, teacher=None if stage.kind == "align" else measure.teacher_model(teacher_dir)
-        )
+        teacher = None if stage.kind == "align" else measure.teacher_model(teacher_dir)
+        rows[label] = measure.student(model, label, teacher=teacher, last=last)
     rows.setdefault("final", rows["swapped"] | {"label": "final"})
     if recipe.stages and recipe.stages[-1].kind == "align":
         rows["aligned"] = rows["final"] | {"label": "aligned"}
@@ -123,8 +123,10 @@ class Measurement:
             ),
         )
 
-    def student(self, model: torch.nn.Module, label: str, *, teacher: torch.nn.Module | None) -> dict[str, Any]:
-        """A student's row, with its branch ablation."""
+    def student(
+        self, model: torch.nn.Module, label: str, *, teacher: torch.nn.Module | None, last: bool
+    ) -> dict[str, Any]:
+        """A student's row; the last one with every branch alone, and the window's own recall."""
         return self._kept(
             label,
             lambda: evaluate_student(
@@ -135,6 +137,8 @@ class Measurement:
                 self.recipe.evaluate,
                 teacher=teacher,
                 label=label,
+                with_branches=last,
+                with_window_recall=last,
                 quiet=self.quiet,
             ),
         )

@@ -112,17 +112,14 @@ class RecallGenerator:
         keys = self.rng.sample(self.words, pairs)
         values = self._values(pairs, value_length)
         lines = [
-            self._break + statement[0] + [key] + statement[1] + value + statement[2]
-            for key, value in zip(keys, values)
+            self._break + statement[0] + [key] + statement[1] + value + statement[2] for key, value in zip(keys, values)
         ]
         ask = self._break + question[0] + [keys[0]] + question[1]
         size = len(lines[0])
         before, after = span - distance - size, distance - len(ask)
         fits_before, fits_after = before // size, after // size
         if before < 0 or after < 0 or fits_before + fits_after < pairs - 1:
-            raise ValueError(
-                f"{pairs} pairs of {size} tokens do not fit into span {span} with distance {distance}"
-            )
+            raise ValueError(f"{pairs} pairs of {size} tokens do not fit into span {span} with distance {distance}")
         low, high = max(0, pairs - 1 - fits_after), min(pairs - 1, fits_before)
         count = min(high, max(low, round((pairs - 1) * before / max(1, before + after))))
         ids = self._scatter(lines[1 : 1 + count], before) + lines[0]

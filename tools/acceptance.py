@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 JSON, PAGE = ROOT / "docs" / "acceptance.json", ROOT / "docs" / "acceptance.md"
@@ -46,7 +46,7 @@ def line(name: str, what: str, target: str) -> Callable[[Callable[[], dict[str, 
 
 def pico_folders(root: Path) -> dict[str, Path]:
     """The tests' tiny random Llama, Qwen2 and Qwen3, tied and untied."""
-    from conftest import PICO_MODELS, make_pico
+    from tests.conftest import PICO_MODELS, make_pico
 
     return {name: make_pico(name, root / name) for name in PICO_MODELS}
 
@@ -82,7 +82,9 @@ def op() -> dict[str, Any]:
     return {"measured": f"{max(worst.values()):.2g}", "met": max(worst.values()) <= 1e-5, "values": worst}
 
 
-@line("kernels", "chunked path vs fp64 recurrence, odd T and W, z in -30 .. 15", "<= 1e-5 relative, forward and gradients")
+@line(
+    "kernels", "chunked path vs fp64 recurrence, odd T and W, z in -30 .. 15", "<= 1e-5 relative, forward and gradients"
+)
 def kernels() -> dict[str, Any]:
     import torch
     from nha_kernels.gates import log_decay_from_logits
@@ -173,7 +175,11 @@ def teacher() -> dict[str, Any]:
     return {"measured": text, "met": mean >= 0.9 and size <= 16 and len(tokenizer) <= 4096, "values": values}
 
 
-@line("demo", "`make demo` in a clean clone, 2 cores, no GPU, environment installed", "<= 12 minutes, exit 0, export and report")
+@line(
+    "demo",
+    "`make demo` in a clean clone, 2 cores, no GPU, environment installed",
+    "<= 12 minutes, exit 0, export and report",
+)
 def demo() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as root:
         clone = _clone(Path(root))
@@ -188,7 +194,9 @@ def demo() -> dict[str, Any]:
     return {"measured": f"{minutes:.1f} minutes, exit 0", "met": minutes <= 12 and there, "minutes": minutes}
 
 
-@line("fidelity", "demo: one layer full, M = 64, W = 64", "NLL within 2 % of the teacher; recall >= 0.9 of its at >= 2 W")
+@line(
+    "fidelity", "demo: one layer full, M = 64, W = 64", "NLL within 2 % of the teacher; recall >= 0.9 of its at >= 2 W"
+)
 def fidelity() -> dict[str, Any]:
     evaluation = json.loads((ROOT / "runs" / "acceptance" / "demo" / "eval.json").read_text(encoding="utf-8"))
     teacher_row, final = evaluation["teacher"], evaluation["final"]
@@ -215,7 +223,9 @@ def align() -> dict[str, Any]:
     return {"measured": text, "met": recovery >= 0.6 and tokens <= 1_000_000}
 
 
-@line("clean", "export in an environment with only torch, transformers, safetensors", "the run's logits; generate works")
+@line(
+    "clean", "export in an environment with only torch, transformers, safetensors", "the run's logits; generate works"
+)
 def clean() -> dict[str, Any]:
     run = ROOT / "runs" / "acceptance" / "demo"
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
@@ -233,7 +243,8 @@ def clean() -> dict[str, Any]:
             "print((logits - check['logits']).abs().max().item())\n"
             "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
             "ids = tokenizer('import os', return_tensors='pt')\n"
-            "print(model.generate(**ids, max_new_tokens=100, min_new_tokens=100).shape[1] - ids['input_ids'].shape[1])\n"
+            "out = model.generate(**ids, max_new_tokens=100, min_new_tokens=100)\n"
+            "print(out.shape[1] - ids['input_ids'].shape[1])\n"
         )
         env = {"HF_MODULES_CACHE": str(Path(root, "modules")), "HF_HOME": str(Path(root, "home"))}
         command = [python, "-c", program, str(run / "export"), str(run / "export_check.safetensors")]
@@ -273,11 +284,11 @@ def _steps(out: Path, stage: str) -> int:
 
 @line("errors", "bad input: 7 kinds", "exit 2, one clear line each with the fix, nothing written")
 def errors() -> dict[str, Any]:
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
         cases = _bad_input(folder)
-        for name, (arguments, out) in cases.items():
+        for name, arguments in cases.items():
             before = sorted(path for path in folder.rglob("*"))
             done = subprocess.run([*CLI, *arguments], capture_output=True, text=True, cwd=folder)
             after = sorted(path for path in folder.rglob("*"))
@@ -288,14 +299,16 @@ def errors() -> dict[str, Any]:
     return {"measured": f"{good} of {len(results)}", "met": good == len(results), "values": results}
 
 
-def _bad_input(folder: Path) -> dict[str, tuple[list[str], Path]]:
-    """Name -> (arguments, output folder) of commands that must be refused."""
+def _bad_input(folder: Path) -> dict[str, list[str]]:
+    """Name -> arguments of a command that must be refused."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from nha_convert.recipe import embedded_teacher
 
     recipe = folder / "typo.yaml"
-    recipe.write_text("model: embedded\noutput: runs/x\nnah: {slots: 64}\ndata: {sources: [{source: stdlib}]}\nstages: []\n")
+    recipe.write_text(
+        "model: embedded\noutput: runs/x\nnah: {slots: 64}\ndata: {sources: [{source: stdlib}]}\nstages: []\n"
+    )
     torn = folder / "torn"
     shutil.copytree(embedded_teacher(), torn)
     weights = torn / "model.safetensors"
@@ -305,13 +318,13 @@ def _bad_input(folder: Path) -> dict[str, tuple[list[str], Path]]:
     (folder / "full" / "file").write_text("mine")
     out = folder / "out"
     return {
-        "unknown recipe key": (["run", str(recipe), "--out", str(out)], out),
-        "missing model folder": (["swap", str(folder / "nothing"), str(out)], out),
-        "truncated safetensors": (["swap", str(torn), str(out)], out),
-        "a GPT-2 model": (["swap", str(folder / "gpt2"), str(out)], out),
-        "window = -1": (["run", "demo", "--out", str(out), "--set", "nha.window=-1"], out),
-        "slots = 0": (["run", "demo", "--out", str(out), "--set", "nha.slots=0"], out),
-        "output not empty": (["run", "demo", "--out", str(folder / "full")], folder / "full"),
+        "unknown recipe key": ["run", str(recipe), "--out", str(out)],
+        "missing model folder": ["swap", str(folder / "nothing"), str(out)],
+        "truncated safetensors": ["swap", str(torn), str(out)],
+        "a GPT-2 model": ["swap", str(folder / "gpt2"), str(out)],
+        "window = -1": ["run", "demo", "--out", str(out), "--set", "nha.window=-1"],
+        "slots = 0": ["run", "demo", "--out", str(out), "--set", "nha.slots=0"],
+        "output not empty": ["run", "demo", "--out", str(folder / "full")],
     }
 
 

@@ -1,7 +1,8 @@
 """Window side of the chunked path: blocks of queries against the span of keys they can see.
 
 The key array holds W tokens of the past (or nothing) before the call's own tokens and Q places of nothing after them;
-query i sees its places i + 1 .. i + W. A block of queries sees one span of keys; spans of neighbouring blocks overlap.
+query i sees its places i + 1 .. i + W. A block of queries sees one span of keys; spans of neighbouring blocks overlap,
+and hold one place too many, which keeps their length even.
 
 Legend: n rows x key/value heads, b blocks, Q block length, R query heads per key/value head, X span, D head_dim.
 """
@@ -14,13 +15,11 @@ import torch
 
 
 @lru_cache(maxsize=32)
-def _band(
-    block: int, window: int, skip: int, repeat: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def _band(block: int, window: int, skip: int, repeat: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """[Q*R,X] 0 where a query of the block sees the span's key, -inf elsewhere."""
     query = torch.arange(block, device=device)[:, None]
-    key = torch.arange(skip, block + window - 1, device=device)[None]
-    seen = (key >= query) & (key < query + window)
+    key = torch.arange(skip, block + window, device=device)[None]
+    seen = (key > query) & (key <= query + window)
     band = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
     return band.repeat_interleave(repeat, 0)
 
@@ -36,8 +35,8 @@ def key_spans(x: torch.Tensor, first: int, blocks: int, block: int, window: int,
     Returns:
         [n*b,X,D], a view where n is 1; or [n*b,X].
     """
-    width = block + window - 1 - skip
-    start = first + 1 + skip
+    width = block + window - skip
+    start = first + skip
     part = x[:, start : start + (blocks - 1) * block + width]
     part = part.unfold(1, width, block)  # [n,b,(D,)X]
     if x.dim() == 3:
@@ -70,7 +69,7 @@ def add_spans(out: torch.Tensor, x: torch.Tensor, first: int, block: int, window
     rows, width = out.shape[0], x.shape[1]
     x = x.view(rows, -1, width, x.shape[2])
     blocks = x.shape[1]
-    start = first + 1 + skip
+    start = first + skip
     for at in range(0, width, block):
         size = min(block, width - at)
         whole = out[:, start + at : start + at + blocks * block]

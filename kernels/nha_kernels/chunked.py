@@ -9,18 +9,20 @@ P rotary dims, A places of the key array (W of the past, T padded to blocks, one
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from .core import SlotWindowAttention
 from .gates import LOG_DECAY_FLOOR
-from .rotary import rotate
+from .rotary import rotate, rotate_into
 from .rows import Rows, by_document, by_mask
 from .segments import Inputs, Plan
 from .state import NHAState
+from .tiles import TILE
 
-TILE = 32
-WORKSPACE = {"cpu": 400_000}  # scores held at once; elsewhere as many as fit well
+WORKSPACE = {"cpu": 1_600_000}  # scores held at once: what caches hold, more elsewhere
 WORKSPACE_ELSEWHERE = 100_000_000
 
 
@@ -37,7 +39,7 @@ def nha_chunked(
     initial_state: NHAState | None,
     output_final_state: bool,
     return_lse: bool,
-    **options,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None, NHAState | None]:
     """Chunked form of `reference.nha_recurrent`.
 
@@ -117,7 +119,8 @@ class _Call:
         branch: str,
     ) -> None:
         self.q, self.k, self.v, self.log_decay = tokens[:4]
-        self.cos, self.sin = tokens[4:] if len(tokens) > 4 else (None, None)
+        self.cos: torch.Tensor | None = tokens[4] if len(tokens) > 4 else None
+        self.sin: torch.Tensor | None = tokens[5] if len(tokens) > 4 else None
         self.lengths, self.state, self.branch, self.mask_empty = lengths, state, branch, mask_empty
         self.batch, self.time, self.heads, self.dim = self.q.shape
         self.groups, self.slots = self.log_decay.shape[2:]
@@ -129,15 +132,10 @@ class _Call:
         self.plain = not self.absorbs and mask_empty and branch != "slots"
         self.seen = torch.zeros(1, dtype=torch.int64, device=self.q.device) if state is None else state.seen
 
-    def turned(self, x: torch.Tensor) -> torch.Tensor:
-        """[B,T,heads,D] rotated."""
-        if self.cos is None or self.sin is None:
-            return x
-        return rotate(x, self.cos[:, :, None], self.sin[:, :, None])
-
     def softmax_attention(self) -> torch.Tensor:
         """Every key is exact and visible: causal softmax attention [B,T,H,D]."""
-        q, k, v = (x.transpose(1, 2) for x in (self.turned(self.q), self.turned(self.k), self.v))
+        q, k, v = (x.transpose(1, 2) for x in (self.q, self.k, self.v))
+        q, k = _turned(q, self.cos, self.sin), _turned(k, self.cos, self.sin)
         grouped = self.heads != self.groups
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
         return o.transpose(1, 2)
@@ -153,7 +151,6 @@ class _Call:
             window=self.window,
             hidden=self.window + self.sinks,
             repeat=self.heads // self.groups,
-            tile=TILE,
             block=block,
             scale=self.scale,
             fresh=self.state is None,
@@ -162,65 +159,69 @@ class _Call:
             workspace=WORKSPACE.get(self.q.device.type, WORKSPACE_ELSEWHERE),
         )
 
-    def attend(self, output_final_state: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """o [B,T,H,D], lse [B,T,H] and the final slots [B,G,M,2D] or None if nothing was absorbed."""
+    def attend(self, output_final_state: bool) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor] | None]:
+        """o [B,T,H,D], lse [B,T,H] and the final slots [B,G,M,D] x 2, or None if nothing was absorbed."""
         p = self.plan()
         inputs = self.inputs(p, p.attend_slots or (self.absorbs and output_final_state))
         masks = {name: getattr(inputs, name) for name in ("key_mask", "slot_mask", "sink_mask")}
         tensors = [x for name, x in vars(inputs).items() if name not in masks]
-        o, lse, slots = SlotWindowAttention.apply(p, masks, *tensors)
+        o, lse, *slots = SlotWindowAttention.apply(p, masks, *tensors)
         o = o.view(self.batch, self.groups, p.tokens, p.repeat, self.dim)[:, :, : self.time]
         lse = lse.view(self.batch, self.groups, p.tokens, p.repeat)[:, :, : self.time]
         o = o.transpose(1, 2).reshape(self.batch, self.time, self.heads, self.dim)
         lse = lse.transpose(1, 2).reshape(self.batch, self.time, self.heads)
-        return o, lse, None if slots is None else slots.view(self.batch, self.groups, self.slots, -1)
+        if slots[0] is None:
+            return o, lse, None
+        return o, lse, [x.view(self.batch, self.groups, self.slots, self.dim) for x in slots]
 
     def inputs(self, p: Plan, with_slots: bool) -> Inputs:
         """The core's tensors."""
         fresh, tail = self.state is None, p.tokens - self.time + p.block
         front = self.window if fresh else 0
         k, v, log_decay, cos, sin = self.with_past()
-        turned = k if cos is None or sin is None else rotate(k, cos[:, None], sin[:, None])
         sink_k, sink_v, sink_cos, sink_sin = self.sink_tokens()
-        slots = None
-        if self.state is not None:
-            slots = torch.cat([self.state.slot_k, self.state.slot_v], -1).to(k.dtype).flatten(0, 1)
-
-        def keys(x: torch.Tensor) -> torch.Tensor:  # [N,A,.] from [B,G,past+T,.]
-            return F.pad(x, (0, 0, front, tail)).flatten(0, 1)
-
+        has_sinks = self.sinks > 0 and p.attend_window
         bias = None
         if p.attend_slots and self.slot_bias is not None:
             bias = self.slot_bias.to(k.dtype).view(1, self.groups, -1).expand(self.batch, -1, -1).flatten(0, 1)
-        has_sinks = self.sinks > 0 and p.attend_window
-        if has_sinks and sink_cos is not None and sink_sin is not None:
-            sink_k = rotate(sink_k, sink_cos[:, None], sink_sin[:, None])
+
+        def keys(x: torch.Tensor, *turn: torch.Tensor | None) -> torch.Tensor:  # [N,A,D] from [B,G,X,D]
+            cos, sin = (y[:, None] if y is not None else None for y in turn) if turn else (None, None)
+            return rotate_into(x, cos, sin, front, tail).flatten(0, 1)
+
+        state = self.state if with_slots else None
         return Inputs(
             slot_q=self.slot_queries(p) if p.attend_slots else None,
-            q=self.queries(self.turned(self.q), p, 0) if p.attend_window else None,
-            k=keys(turned) if p.attend_window and p.window else None,
-            kv=keys(torch.cat([k, v], -1)),
+            q=self.queries(self.q, p, 0, self.cos, self.sin) if p.attend_window else None,
+            turned_k=keys(k, cos, sin) if p.attend_window and p.window else None,
+            k=keys(k) if with_slots else None,
+            v=keys(v),
             log_decay=self.absorbed_decay(log_decay, p) if with_slots else None,
             slot_bias=bias,
-            sink_k=sink_k.flatten(0, 1) if has_sinks else None,
+            sink_k=_turned(sink_k, sink_cos, sink_sin).flatten(0, 1) if has_sinks else None,
             sink_v=sink_v.flatten(0, 1) if has_sinks else None,
-            slots=slots if with_slots else None,
+            slot_k=None if state is None else state.slot_k.to(k.dtype).flatten(0, 1),
+            slot_v=None if state is None else state.slot_v.to(k.dtype).flatten(0, 1),
             **self.masks(p),
         )
 
-    def queries(self, x: torch.Tensor, p: Plan, start: int) -> torch.Tensor:
-        """[N,(T-start)*R,D] from [B,T,H,D]."""
-        x = x[:, start:].view(self.batch, -1, self.groups, p.repeat, self.dim).transpose(1, 2)
-        return F.pad(x, (0, 0, 0, 0, 0, p.tokens - self.time)).reshape(self.batch * self.groups, -1, self.dim)
+    def queries(
+        self, x: torch.Tensor, p: Plan, start: int, cos: torch.Tensor | None = None, sin: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[N,(T-start)*R,D] from [B,T,H,D], rotated by cos and sin [B or 1,T,P]."""
+        x = x[:, start:].view(self.batch, -1, self.groups, p.repeat, self.dim).transpose(1, 2)  # [B,G,T,R,D]
+        cos, sin = (None if y is None else y[:, None, :, None] for y in (cos, sin))
+        return rotate_into(x, cos, sin, 0, p.tokens - self.time).view(self.batch * self.groups, -1, self.dim)
 
     def slot_queries(self, p: Plan) -> torch.Tensor:
         """[N,T'*R,D] times scale and slot_q_scale."""
         factor = self.scale if self.slot_q_scale is None else self.slot_q_scale.to(self.q.dtype) * self.scale
-        return self.queries(self.q[:, : self.time] * factor, p, p.start)
+        return self.queries(self.q * factor, p, p.start)
 
-    def with_past(self) -> list[torch.Tensor]:
+    def with_past(self) -> list[Any]:
         """Un-rotated k, v [B,G,X,D], log_decay [B,G,X,M], cos, sin [B or 1,X,P] or None; X is W of the past, then T."""
-        own = [x.transpose(1, 2) for x in (self.k, self.v, self.log_decay)] + [self.cos, self.sin]
+        own: list[Any] = [x.transpose(1, 2) for x in (self.k, self.v, self.log_decay)]
+        own += [self.cos, self.sin]
         s = self.state
         if s is None or self.window == 0:
             return own
@@ -248,9 +249,10 @@ class _Call:
             log_decay = log_decay.masked_fill(~taken[:, None, :, None], 0.0)
         return log_decay.reshape(-1, length, self.slots)
 
-    def sink_tokens(self) -> list[torch.Tensor]:
+    def sink_tokens(self) -> list[Any]:
         """Un-rotated sink k, v [B,G,S,D] and cos, sin [B or 1,S,P] or None; places not reached yet hold anything."""
-        own = [x.transpose(1, 2) for x in (self.k, self.v)] + [self.cos, self.sin]
+        own: list[Any] = [x.transpose(1, 2) for x in (self.k, self.v)]
+        own += [self.cos, self.sin]
         s = self.state
         place = torch.arange(self.sinks, device=self.q.device)
         if s is None:
@@ -267,7 +269,8 @@ class _Call:
 
     def masks(self, p: Plan) -> dict[str, torch.Tensor | None]:
         """Additive masks of keys, slots and sinks, 0 or -inf; None where nothing is hidden."""
-        device, out = self.q.device, {}
+        device = self.q.device
+        out: dict[str, torch.Tensor | None] = {}
         hidden = self.window + self.sinks  # only what lies before this rank can be hidden
 
         def rows(seen: torch.Tensor) -> torch.Tensor:  # [N,...] from bool [B or 1,...]
@@ -286,8 +289,8 @@ class _Call:
             out["sink_mask"] = rows(rank[..., None] >= torch.arange(self.sinks, device=device))
         return out
 
-    def final_state(self, slots: torch.Tensor | None, kept: torch.dtype) -> NHAState:
-        """What a later call needs; `slots` [B,G,M,2D] or None if nothing was absorbed."""
+    def final_state(self, slots: list[torch.Tensor] | None, kept: torch.dtype) -> NHAState:
+        """What a later call needs; `slots` [B,G,M,D] x 2, or None if nothing was absorbed."""
         out = NHAState.new(
             self.batch,
             self.groups,
@@ -302,7 +305,7 @@ class _Call:
         end = self.seen + (self.time if self.lengths is None else self.lengths)  # [B or 1]
         tensors = {"seen": end.expand(self.batch).clone()}
         if slots is not None:
-            tensors["slot_k"], tensors["slot_v"] = slots[..., : self.dim], slots[..., self.dim :]
+            tensors["slot_k"], tensors["slot_v"] = slots
         place = torch.arange(self.full_window + 1, device=self.q.device)
         rank = end[:, None] - 1 - (end[:, None] - 1 - place).remainder(self.full_window + 1)
         held = (rank >= end[:, None] - self.full_window) & (rank >= self.sinks)
@@ -319,6 +322,11 @@ class _Call:
                 x = x.expand(self.batch, *x.shape[1:])
                 tensors[f"sink_{name}"] = x.masked_fill(~_like(reached, x), 0).to(getattr(out, f"sink_{name}").dtype)
         return out.with_tensors(out.tensors() | tensors)
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
+    """x [B,heads,X,D] rotated by cos and sin [B or 1,X,P]."""
+    return x if cos is None or sin is None else rotate(x, cos[:, None], sin[:, None])
 
 
 def _pick(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .adjoint import gradients
-from .segments import EMPTY, Group, Inputs, Plan, flat
-from .tiles import fade, grown, mix
+from .segments import EMPTY, Group, Inputs, Plan
+from .tiles import fade, mix, tile_scores
 
 
 def _attend(g: Group, segment: slice, o: torch.Tensor, lse: torch.Tensor) -> None:
@@ -26,61 +26,69 @@ def _attend(g: Group, segment: slice, o: torch.Tensor, lse: torch.Tensor) -> Non
     out, top, total = torch.zeros_like(o[:, rows]), torch.full_like(lse[:, rows], EMPTY), torch.zeros_like(lse[:, rows])
     window = g.window_scores(segment) if plan.attend_window and plan.window else None
     sink = g.sink_scores(segment) if plan.attend_window and x.sink_k is not None else None
-    slot, tail = None, g.sees_slots(segment)
+    slot, tail, offset = None, g.sees_slots(segment), None
     if plan.attend_slots and tail.start < tail.stop:
-        slot = g.offset(g.slot_scores(segment, strict=False)[0], segment)
+        d, (state_k, state_v), (absorbed_k, absorbed_v) = g.slot_side(segment)
+        slot, offset = tile_scores(d, g.slot_queries(segment), state_k, absorbed_k), g.slot_offset(segment)
 
     every = slice(0, rows.stop - rows.start)
-    parts = [(window, every), (sink, every), (slot, tail)]
-    for scores, which in parts:
+    parts = [(window, every, None), (sink, every, None), (slot, tail, offset)]
+    for scores, which, added in parts:
         if scores is not None:
-            torch.maximum(top[:, which], scores.amax(-1).view_as(top[:, which]), out=top[:, which])
-    for scores, which in parts:
+            here = top[:, which]
+            best = scores.amax(-1).view_as(here)
+            torch.maximum(here, best if added is None else best + added, out=here)
+    for scores, which, added in parts:
         if scores is not None:
-            scores.sub_(top[:, which].reshape(scores.shape[:2])[..., None]).exp_()
-            total[:, which] += scores.sum(-1).view_as(total[:, which])
+            here = top[:, which] if added is None else top[:, which] - added
+            scores.sub_(here.reshape(scores.shape[:2])[..., None]).exp_()
+            total[:, which] += scores.sum(-1).view_as(here)
     if window is not None:
-        out = torch.bmm(window, g.spans(x.kv[..., g.dim :], segment)).view_as(out)
+        out = torch.bmm(window, g.spans(x.v, segment)).view_as(out)
     if sink is not None:
         assert x.sink_v is not None
         out.baddbmm_(sink, x.sink_v)
     if slot is not None:
-        assert g.decays is not None and g.states is not None
-        at = plan.tiles_of(segment)
-        d, absorbed = g.decays.part(g.flat_tiles(at)), g.absorbed[g.flat_tiles(at), :, g.dim :]
-        read = torch.bmm(grown(d, slot, plan.repeat), flat(g.states[:, at, :, g.dim :]))
-        read.baddbmm_(mix(d, fade(d, slot, plan.repeat)), absorbed)
+        read = torch.bmm(fade(d, slot), state_v).baddbmm_(mix(d, slot), absorbed_v)
         out[:, tail] += read.view_as(out[:, tail])
     o[:, rows] = out.div_(total.clamp(min=1e-30)[..., None])
     lse[:, rows] = top + total.log()
 
 
 class SlotWindowAttention(torch.autograd.Function):
-    """o [N,T*R,D], lse [N,T*R] and the final state [N,M,2D] (or None) of `Inputs`."""
+    """o [N,T*R,D], lse [N,T*R] and the final slot keys and values [N,M,D] (or None) of `Inputs`."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, masks: dict[str, torch.Tensor | None], *tensors: torch.Tensor | None) -> Any:
+    def forward(ctx: Any, plan: Plan, masks: dict[str, Any], *tensors: Any) -> Any:
         x = Inputs(*tensors, **masks)
-        count, _, width = x.kv.shape
-        o = x.kv.new_empty(count, plan.tokens * plan.repeat, width // 2)
-        lse = x.kv.new_empty(o.shape[:2])
-        states = []
+        count, _, dim = x.v.shape
+        o = x.v.new_empty(count, plan.tokens * plan.repeat, dim)
+        lse = x.v.new_empty(o.shape[:2])
+        groups = []
+        keep = any(ctx.needs_input_grad)
+        final_k = final_v = None
+        if x.log_decay is not None:
+            final_k = x.v.new_empty(count, x.log_decay.shape[2], dim)
+            final_v = torch.empty_like(final_k)
         for rows in plan.row_groups(count):
             g = Group(plan, x.rows(rows))
-            states.append(g.states)
             for segment in plan.segments(g.count):
                 _attend(g, segment, o[rows], lse[rows])
-        final = None if x.log_decay is None else torch.cat([s[:, -1] for s in states])
-        if any(ctx.needs_input_grad):
-            ctx.plan, ctx.masks, ctx.states = plan, masks, states
+            if final_k is not None and final_v is not None:
+                final_k[rows], final_v[rows] = g.final
+            if keep:
+                groups.append(g.states)
+        ctx.set_materialize_grads(False)
+        if keep:
+            ctx.plan, ctx.masks, ctx.states = plan, masks, groups
             ctx.save_for_backward(o, lse, *tensors)
-            ctx.set_materialize_grads(False)
-        return o, lse, final
+        return o, lse, final_k, final_v
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Any, dlse: Any, dfinal: Any) -> Any:
+    def backward(ctx: Any, do: Any, dlse: Any, dfinal_k: Any, dfinal_v: Any) -> Any:
         o, lse, *tensors = ctx.saved_tensors
         x = Inputs(*tensors, **ctx.masks)
-        grads = gradients(ctx.plan, x, ctx.states, ctx.needs_input_grad[2:], o, lse, do, dlse, dfinal)
+        final = (dfinal_k, dfinal_v)
+        grads = gradients(ctx.plan, x, ctx.states, ctx.needs_input_grad[2:], o, lse, do, dlse, final)
         return None, None, *grads

@@ -7,6 +7,7 @@ P rotary dims, N documents.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ def nha_attention(
     branch: str = "both",
     return_lse: bool = False,
     backend: str = "auto",
-):
+) -> tuple[Any, ...]:
     """Softmax attention over gated memory slots, attention sinks and a sliding window.
 
     A token's rank is its index among the real tokens of its row (or document). The query of rank r sees exactly the
@@ -49,7 +50,8 @@ def nha_attention(
     Args:
         q: [B,T,H,D] un-rotated queries; H % G == 0.
         k, v: [B,T,G,D] un-rotated keys, and values.
-        log_decay: [B,T,G,M] natural log of the slot decay, <= 0; values under `gates.LOG_DECAY_FLOOR` count as the floor.
+        log_decay: [B,T,G,M] natural log of the slot decay, <= 0;
+            values under `gates.LOG_DECAY_FLOOR` count as the floor.
         window: W, exact tokens each query sees, itself included; 0 is a pure linear RNN.
         cos, sin: [B or 1,T,P] rotary factors of these tokens, P <= D; None rotates nothing. The slots see no rotation.
         sinks: S, first tokens of a row that stay exact keys for ever and are never absorbed.
@@ -139,13 +141,19 @@ def nha_decode(
     if q.shape[1] != 1:
         raise ValueError(f"nha_decode takes one token, got q {tuple(q.shape)}; use nha_attention with initial_state")
     _check_state(state, _check_rows(q, padding_mask, None), k, log_decay, state.window, state.sinks, cos)
-    options = {"cos": cos, "sin": sin, "scale": scale, "mask_empty": mask_empty, "slot_q_scale": slot_q_scale}
+    options: dict[str, Any] = {
+        "cos": cos,
+        "sin": sin,
+        "scale": scale,
+        "mask_empty": mask_empty,
+        "slot_q_scale": slot_q_scale,
+    }
     options |= {"slot_bias": slot_bias, "padding_mask": padding_mask, "branch": branch}
     with torch.no_grad():
         if _backend(backend) != "reference":
             return decode_step(q, k, v, log_decay, state, **options)
-        sizes = {"window": state.window, "sinks": state.sinks, "initial_state": state}
-        o, _, final = nha_recurrent(q, k, v, log_decay, **sizes, **options)
+        options |= {"window": state.window, "sinks": state.sinks, "initial_state": state}
+        o, _, final = nha_recurrent(q, k, v, log_decay, **options)
         for name, x in state.tensors().items():
             x.copy_(final.tensors()[name])
         return o.to(q.dtype)
@@ -183,6 +191,8 @@ def _check_inputs(
             raise ValueError(f"{name} must have 4 dimensions [B,T,heads,...], got {_shape(x)}")
     batch, time, heads, dim = q.shape
     groups = k.shape[2]
+    if time == 0:
+        raise ValueError(f"there must be at least one token, got q {_shape(q)}")
     if k.shape != v.shape:
         raise ValueError(f"k {_shape(k)} and v {_shape(v)} must have the same shape")
     if k.shape[:2] != q.shape[:2] or k.shape[3] != dim:

@@ -52,8 +52,8 @@ class Rows:
 
         def spread(parts: list[torch.Tensor], fill: float) -> torch.Tensor:
             rest = parts[0].shape[2:]
-            parts = [x.reshape(-1, *rest) for x in parts]
-            return torch.cat([*parts, parts[0].new_full((1, *rest), fill)]).index_select(0, index).view(batch, time, *rest)
+            every = torch.cat([*(x.reshape(-1, *rest) for x in parts), parts[0].new_full((1, *rest), fill)])
+            return every.index_select(0, index).view(batch, time, *rest)
 
         o = spread([r[0] for r in results], 0.0)
         lses = [r[1] for r in results if r[1] is not None]

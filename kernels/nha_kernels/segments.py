@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .blocks import band_scores, key_spans
-from .tiles import pair_scores, scan_states, tile_decays
+from .tiles import TILE, Decays, scan_states, tile_decays
 
 EMPTY = -1e30  # stands for the maximum of a row that sees nothing
 
@@ -26,11 +27,10 @@ class Plan:
     """Sizes and choices that hold for one call."""
 
     tokens: int  # T
-    start: int  # first token that may see slots, a multiple of `tile`
+    start: int  # first token that may see slots, a multiple of the tile length
     window: int
     hidden: int  # W + S: places of the key array from here on hold keys that the window may show
     repeat: int  # R
-    tile: int
     block: int
     scale: float
     fresh: bool  # no past: the first W places of the key array are empty
@@ -56,11 +56,11 @@ class Plan:
     def tiles_of(self, segment: slice) -> slice:
         """Tiles whose tokens lie in the segment."""
         first, last = max(segment.start - self.start, 0), max(segment.stop - self.start, 0)
-        return slice(first // self.tile, last // self.tile)
+        return slice(first // TILE, last // TILE)
 
     def skip(self, segment: slice) -> int:
         """Leading places of a span that are empty for every block of the segment."""
-        return max(0, self.window - (segment.stop - self.block) - 1) if self.fresh else 0
+        return max(0, self.window - (segment.stop - self.block)) if self.fresh else 0
 
 
 @dataclass(frozen=True)
@@ -69,45 +69,46 @@ class Inputs:
 
     slot_q: torch.Tensor | None  # [N,T'*R,D] times scale and slot_q_scale
     q: torch.Tensor | None  # [N,T*R,D] rotated
-    k: torch.Tensor | None  # [N,A,D] rotated
-    kv: torch.Tensor  # [N,A,2D] un-rotated keys | values
+    turned_k: torch.Tensor | None  # [N,A,D] rotated
+    k: torch.Tensor | None  # [N,A,D] un-rotated
+    v: torch.Tensor  # [N,A,D]
     log_decay: torch.Tensor | None  # [N,T',M] of the token each place absorbs, 0 where none
     slot_bias: torch.Tensor | None  # [N,R]
     sink_k: torch.Tensor | None  # [N,S,D] rotated
     sink_v: torch.Tensor | None  # [N,S,D]
-    slots: torch.Tensor | None  # [N,M,2D] initial state
+    slot_k: torch.Tensor | None  # [N,M,D] initial state
+    slot_v: torch.Tensor | None  # [N,M,D]
     key_mask: torch.Tensor | None = None  # [N,A] 0 or -inf; -inf only before place W + S
     slot_mask: torch.Tensor | None = None  # [N,first of T'] 0 or -inf, nothing hidden after
     sink_mask: torch.Tensor | None = None  # [N,min(T,S),S] 0 or -inf
 
     def rows(self, group: slice) -> Inputs:
         """The same for some of the rows."""
-        return Inputs(**{name: None if x is None else x[group] for name, x in vars(self).items()})
+        rows: dict[str, Any] = {name: None if x is None else x[group] for name, x in vars(self).items()}
+        return Inputs(**rows)
 
 
-DIFFERENTIABLE = 9  # the first fields of Inputs
+States = tuple[torch.Tensor, torch.Tensor]  # slot keys and values [n,C,M,D] as of the middle of every tile
 
-
-def flat(x: torch.Tensor) -> torch.Tensor:
-    """[n*c,...] from [n,c,...]."""
-    return x.reshape(-1, *x.shape[2:])
+DIFFERENTIABLE = 11  # the first fields of Inputs
 
 
 class Group:
     """Some rows of one call: what their segments share."""
 
-    def __init__(self, plan: Plan, x: Inputs, states: torch.Tensor | None = None) -> None:
-        self.plan, self.x, self.count = plan, x, len(x.kv)
-        self.dim = x.kv.shape[2] // 2
+    def __init__(self, plan: Plan, x: Inputs, states: States | None = None) -> None:
+        self.plan, self.x, self.count = plan, x, len(x.v)
         self.decays, self.states = None, states
         if x.log_decay is not None:
-            length = x.log_decay.shape[1]
-            self.slots = x.log_decay.shape[2]
-            self.tile_log_decay = x.log_decay.reshape(-1, plan.tile, self.slots)  # [n*C,L,M]
-            self.absorbed = x.kv[:, plan.start : plan.start + length].reshape(-1, plan.tile, 2 * self.dim)
-            self.decays = tile_decays(self.tile_log_decay)
+            assert x.k is not None
+            held = slice(plan.start, plan.start + x.log_decay.shape[1])  # query i's place holds the token it absorbs
+            k, v = (y[:, held].reshape(-1, TILE, y.shape[2]) for y in (x.k, x.v))
+            self.absorbed = (k, v)  # [n*C,L,D] x 2
+            self.decays = tile_decays(x.log_decay)
             if states is None:
-                self.states = scan_states(self.decays, self.absorbed, x.slots, self.count)
+                states_k, final_k = scan_states(self.decays, k, x.slot_k, self.count)
+                states_v, final_v = scan_states(self.decays, v, x.slot_v, self.count)
+                self.states, self.final = (states_k, states_v), (final_k, final_v)
 
     def token_rows(self, x: torch.Tensor, segment: slice) -> torch.Tensor:
         """[n,t*R,...] of a segment from [n,T*R,...]."""
@@ -121,11 +122,7 @@ class Group:
 
     def tiled(self, x: torch.Tensor) -> torch.Tensor:
         """[n*c,L*R,...] from [n,t'*R,...]."""
-        return x.reshape(-1, self.plan.tile * self.plan.repeat, *x.shape[2:])
-
-    def flat_tiles(self, at: slice) -> slice:
-        """Tiles of a segment within [n*C,...]: a segment is shorter than the sequence only where n is 1."""
-        return at if self.count == 1 else slice(0, self.count * at.stop)
+        return x.reshape(-1, TILE * self.plan.repeat, *x.shape[2:])
 
     def spans(self, x: torch.Tensor, segment: slice) -> torch.Tensor:
         """[n*b,X,...] of a segment from [n,A,...]."""
@@ -136,12 +133,13 @@ class Group:
     def window_scores(self, segment: slice) -> torch.Tensor:
         """[n*b,block*R,X]"""
         p, x = self.plan, self.x
-        assert x.q is not None and x.k is not None
-        rows = self.token_rows(x.q, segment).reshape(-1, p.block * p.repeat, self.dim)
-        out = band_scores(rows, self.spans(x.k, segment), p.block, p.window, p.skip(segment), p.scale)
-        hidden = p.hidden - segment.start - 1 - p.skip(segment)  # places of the first span that may be masked
+        assert x.q is not None and x.turned_k is not None
+        rows = self.token_rows(x.q, segment).reshape(-1, p.block * p.repeat, x.q.shape[2])
+        out = band_scores(rows, self.spans(x.turned_k, segment), p.block, p.window, p.skip(segment), p.scale)
+        hidden = p.hidden - segment.start - p.skip(segment)  # places of the first span that may be masked
         if hidden > 0:
             number = min(-(-hidden // p.block), (segment.stop - segment.start) // p.block)
+            assert x.key_mask is not None
             mask = key_spans(x.key_mask, segment.start, number, p.block, p.window, p.skip(segment))
             first = out.view(self.count, -1, *out.shape[1:])[:, :number]
             first += mask.view(self.count, number, 1, -1)
@@ -157,22 +155,33 @@ class Group:
         grouped += masked[:, :, None]
         return out
 
-    def slot_scores(self, segment: slice, strict: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Scores [n*c,L*R,M] without bias and mask, and what `pair_scores` returns with them."""
-        assert self.decays is not None and self.states is not None and self.x.slot_q is not None
-        at = self.plan.tiles_of(segment)
-        some, step = self.flat_tiles(at), self.plan.tile * self.plan.repeat
-        rows = self.tiled(self.x.slot_q[:, at.start * step : at.stop * step])
-        state = flat(self.states[:, at, :, : self.dim])
-        return pair_scores(self.decays.part(some), rows, state, self.absorbed[some, :, : self.dim], strict)
+    def slot_queries(self, segment: slice) -> torch.Tensor:
+        """[n*c,L*R,D]"""
+        assert self.x.slot_q is not None
+        return self.tiled(self.x.slot_q[:, self.slot_rows(segment)])
 
-    def offset(self, scores: torch.Tensor, segment: slice) -> torch.Tensor:
-        """Bias and mask added in place to slot scores [n*c,L*R,M]."""
-        x, at, tile = self.x, self.plan.tiles_of(segment), self.plan.tile
-        grouped = scores.view(self.count, (at.stop - at.start) * tile, self.plan.repeat, -1)
+    def slot_rows(self, segment: slice) -> slice:
+        """The segment's rows among the T'*R that may see slots."""
+        at, step = self.plan.tiles_of(segment), TILE * self.plan.repeat
+        return slice(at.start * step, at.stop * step)
+
+    def slot_side(self, segment: slice) -> tuple[Decays, States, States]:
+        """Decays, states [n*c,M,D] x 2 and absorbed keys and values [n*c,L,D] x 2 of a segment."""
+        assert self.decays is not None and self.states is not None
+        at = self.plan.tiles_of(segment)
+        some = at if self.count == 1 else slice(None)  # several rows have one segment
+        (state_k, state_v), (absorbed_k, absorbed_v) = self.states, self.absorbed
+        states = (state_k[:, at].flatten(0, 1), state_v[:, at].flatten(0, 1))
+        return self.decays.part(some), states, (absorbed_k[some], absorbed_v[some])
+
+    def slot_offset(self, segment: slice) -> torch.Tensor:
+        """[n,t'*R] what is added to every slot score of a row: bias, and -inf where the slots are empty."""
+        x, at, repeat = self.x, self.plan.tiles_of(segment), self.plan.repeat
+        first, last = at.start * TILE, at.stop * TILE
+        out = x.v.new_zeros(self.count, last - first, repeat)
         if x.slot_bias is not None:
-            grouped += x.slot_bias[:, None, :, None]
-        if x.slot_mask is not None and x.slot_mask.shape[1] > at.start * tile:
-            mask = x.slot_mask[:, at.start * tile : at.stop * tile]
-            grouped[:, : mask.shape[1]] += mask[:, :, None, None]
-        return scores
+            out += x.slot_bias[:, None]
+        if x.slot_mask is not None and x.slot_mask.shape[1] > first:
+            mask = x.slot_mask[:, first:last]
+            out[:, : mask.shape[1]] += mask[..., None]
+        return out.flatten(1)

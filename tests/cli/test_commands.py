@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from nha_convert.app import app, main
-from nha_convert.recipe import Recipe, dump_recipe, list_recipes, load_recipe
+from nha_convert.convert import load_student
+from nha_convert.export import export_model
+from nha_convert.recipe import NHASettings, Recipe, dump_recipe, list_recipes, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ["run", "swap", "plan", "recipes", "eval", "export", "verify", "report", "generate", "doctor"]
@@ -63,6 +66,14 @@ def swapped(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     report = json.loads(answer.stdout)
     assert (report["layers"], report["nha_layers"]) == (2, [0])
     return place / "out"
+
+
+@pytest.fixture(scope="module")
+def exported(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export that carries its code."""
+    student = load_student(pico_llama, NHASettings(window=8, slots=4))
+    out = tmp_path_factory.mktemp("exported") / "out"
+    return export_model(student, AutoTokenizer.from_pretrained(pico_llama), out, teacher_dir=pico_llama)
 
 
 # ---- help ----------------------------------------------------------------------------------------
@@ -207,15 +218,15 @@ def test_generate_refuses(swapped: Path, tmp_path: Path) -> None:
     assert "one of auto, cpu, mps, cuda or cuda:N is needed" in answer.stderr
 
 
-def test_verify(swapped: Path, pico_llama: Path, tmp_path: Path) -> None:
-    answer = nha_convert("verify", swapped, "--teacher", pico_llama, "--json", cwd=tmp_path)
+def test_verify(exported: Path, pico_llama: Path, tmp_path: Path) -> None:
+    answer = nha_convert("verify", exported, "--teacher", pico_llama, "--json", cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     assert json.loads(answer.stdout)["passed"]
 
 
-def test_verify_fails_with_exit_code_1(swapped: Path, tmp_path: Path, pico_models: dict[str, Path]) -> None:
+def test_verify_fails_with_exit_code_1(exported: Path, tmp_path: Path, pico_models: dict[str, Path]) -> None:
     """Weights of another teacher: the work of checking was done, and the answer is no."""
-    answer = nha_convert("verify", swapped, "--teacher", pico_models["llama_tied_rope"], cwd=tmp_path)
+    answer = nha_convert("verify", exported, "--teacher", pico_models["llama_tied_rope"], cwd=tmp_path)
     assert answer.returncode == 1, answer.stderr
     assert all(line.startswith("error: ") for line in answer.stderr.splitlines())
     assert "failed" in answer.stdout
