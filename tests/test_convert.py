@@ -67,7 +67,9 @@ def test_tokenizer_and_generation_config_travel(pico_llama: Path, tmp_path: Path
         assert (tmp_path / "out" / name).read_bytes() == (pico_llama / name).read_bytes()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == "nha_llama" and config["architectures"] == ["NHALlamaForCausalLM"]
-    assert config["nha_windows"] == [6, 6] and "auto_map" not in config
+    assert config["nha_windows"] == [6, 6]
+    code = config["auto_map"]["AutoModelForCausalLM"].split(".")[0]
+    assert (tmp_path / "out" / f"{code}.py").is_file()
 
 
 def test_all_full_needs_no_new_tensors(pico_llama: Path, tmp_path: Path) -> None:
