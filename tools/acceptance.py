@@ -208,6 +208,7 @@ def demo() -> dict[str, Any]:
 )
 def fidelity() -> dict[str, Any]:
     evaluation = json.loads((ROOT / "runs" / "acceptance" / "demo" / "eval.json").read_text(encoding="utf-8"))
+    write_readme(evaluation)
     teacher_row, final = evaluation["teacher"], evaluation["final"]
     excess = 100 * (final["nll"] / teacher_row["nll"] - 1)
     recall = {
@@ -376,6 +377,20 @@ def write_page(rows: dict[str, Any]) -> None:
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
     PAGE.write_text(f"{before}{START}\n" + "\n".join(table) + f"\n{END}{after}", encoding="utf-8")
+
+
+def write_readme(evaluation: dict[str, Any]) -> None:
+    """README's table of the demo, between its two markers."""
+    from nha_convert.evaluate.table import table_header, table_notes, table_rows
+
+    path, marker = ROOT / "README.md", "<!-- demo-table -->"
+    header = table_header(evaluation)
+    table = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    table += [f"| {' | '.join(cells)} |" for _, cells in table_rows(evaluation)]
+    notes = " ".join(table_notes(evaluation))
+    before, _, after = path.read_text(encoding="utf-8").split(marker)
+    block = "\n".join([marker, *table, "", notes, "Written by `python tools/acceptance.py fidelity`.", marker])
+    path.write_text(before + block + after, encoding="utf-8")
 
 
 def main() -> None:
