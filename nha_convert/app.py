@@ -35,7 +35,7 @@ app = typer.Typer(
         "memory slots plus a sliding window, distilled from the model itself, measured and exported.\n\n"
         "\b\n"
         "Start here:\n"
-        "  nha-convert run demo                   the whole job on a small shipped model, about 10 minutes on a CPU\n"
+        "  nha-convert run demo                   the whole job on a small shipped model, about 5 minutes on a CPU\n"
         "  nha-convert plan Qwen/Qwen3-0.6B       what converting a model would change, train and need\n"
         "  nha-convert run Qwen/Qwen3-0.6B        convert it\n\n"
         "Exit codes: 0 done; 1 the work failed, what was done is kept; 2 the input was wrong, nothing was touched."
@@ -200,13 +200,15 @@ def evaluate(
     nha-convert eval swapped/ --teacher Qwen/Qwen3-0.6B --text book.txt --json numbers.json
     nha-convert eval runs/demo --set evaluate.sequence_length=512 --set evaluate.tokens=16k --no-recall
 
-    Text is the held-out part of this machine's Python standard library unless --text names another; settings are
-    those under `evaluate.`.
+    Text is the held-out mix of the checkpoint's own recipe (what swap wrote has none: the held-out part of this
+    machine's Python standard library) unless --text names another; settings are those under `evaluate.`.
     """
     from .files import write_json
     from .recipe import evaluate_settings
 
     folder = checkpoint_folder(checkpoint)
+    if json_file is not None and json_file.is_dir():
+        raise InputError(f"--json {json_file}: is a folder; name a file")
     settings = evaluate_settings(folder, set_ or [])
     prepare_libraries(quiet)
     from .evaluate.suite import summary_table

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import InputError, WorkError
+from .model_files import check_safetensors
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE|MODEL", help="shipped recipe, YAML file, Hub id, model folder or `embedded`")
@@ -54,13 +55,13 @@ def checkpoint_folder(path: Path) -> Path:
     """The checkpoint folder that a path means: itself, or the export of a run folder.
 
     Raises:
-        InputError: neither holds a config.json.
+        InputError: neither holds a config.json, or its weights are damaged.
     """
     path = path.expanduser()
-    if (path / "config.json").is_file():
-        return path
-    if (path / "export" / "config.json").is_file():
-        return path / "export"
+    for folder in (path, path / "export"):
+        if (folder / "config.json").is_file():
+            check_safetensors(folder)
+            return folder
     if (path / "recipe.yaml").is_file():
         raise InputError(f"{path}: this run has exported nothing yet; finish it: nha-convert run {path} --resume")
     raise InputError(

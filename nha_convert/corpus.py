@@ -34,7 +34,7 @@ def stdlib_texts(split: str) -> list[str]:
         if held_out == (split == "held_out"):
             texts.append(path.read_text(encoding="utf-8", errors="ignore"))
     if not texts:
-        raise FileNotFoundError(f"no Python sources under {root}; name a text file in data.text instead")
+        raise FileNotFoundError(f"no Python sources under {root}; use `source: text` with a path instead")
     return texts
 
 

@@ -197,21 +197,34 @@ def held_out_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, quiet
             f"data.held_out_tokens: evaluate.sequence_length = {length} tokens of held-out "
             f"text are needed, found {len(text)}; give more text (5 % of it is held out) or raise data.held_out_tokens"
         )
-    weights = {source.source: 0.0 for source in recipe.data.sources}
-    for source in recipe.data.sources:
-        weights[source.source] += source.weight
-    share = weights.get("recall", 0.0) / sum(weights.values())
-    if not share:
+    total = sum(source.weight for source in recipe.data.sources)
+    share = sum(source.weight for source in recipe.data.sources if source.source == "recall") / total
+    sources = _text_sources(recipe)
+    if not share and len(sources) == 1:
         return torch.tensor(text, dtype=torch.long)
-    recall = _recall_generator(tokenizer, recall_filler(recipe, tokenizer, quiet=quiet))
-    recall.rng.seed(f"{recipe.seed}/held out")
-    size, ids, used = length - 1, [], 0  # what `eval_windows` takes at a time, after BOS
+    size = length - 1  # what `eval_windows` takes at a time, after BOS
+    recall = _recall_generator(tokenizer, recall_filler(recipe, tokenizer, quiet=quiet)) if share else None
+    if recall is not None:
+        recall.rng.seed(f"{recipe.seed}/held out")
+    limit = max(LEAST_HELD_OUT, wanted)
+    streams = [token_stream(source, tokenizer, "held_out", limit=limit, quiet=quiet) for source in sources]
+    taken = [0] * len(sources)
+    ids: list[int] = []
     for window in range(max(1, wanted // size)):
-        if int((window + 1) * share) > int(window * share):
+        if recall is not None and int((window + 1) * share) > int(window * share):
             ids += recall.document(size).input_ids
-        else:
-            ids += text[used : used + size]
-            used += size
+            continue
+        turn = min(range(len(sources)), key=lambda index: (taken[index] + 1) / sources[index].weight)
+        start = taken[turn] * size
+        if start + size > len(streams[turn]):
+            break  # less text than was asked for: the mix stays as the weights say
+        ids += streams[turn][start : start + size]
+        taken[turn] += 1
+    if not any(taken):
+        raise InputError(
+            f"data.sources: the held-out part of a text source is shorter than one evaluation window of {length} "
+            "tokens; give more text (5 % of it is held out) or lower evaluate.sequence_length"
+        )
     return torch.tensor(ids, dtype=torch.long)
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from . import modeling  # noqa: F401  (registers the NHA classes)
 from .convert import resolve_model
-from .data import texts, token_stream
+from .data import held_out_tokens, recall_filler, texts, token_stream
 from .devices import find_device
 from .errors import InputError
 from .evaluate.suite import evaluate_student, evaluate_teacher, student_window
@@ -38,7 +38,8 @@ def evaluate_checkpoint(
         checkpoint: folder of an NHA model, or of an ordinary one (then only the row `teacher` is measured).
         teacher: Hub id, folder or `embedded`; None takes the model of the checkpoint's recipe.yaml, and where it has
             none (what swap writes) its own backbone.
-        text: file, glob or folder of .txt, all of it measured; None takes the held-out part of the standard library.
+        text: file, glob or folder of .txt, all of it measured; None takes the held-out mix of the checkpoint's
+            recipe.yaml, and where it has none the held-out part of the standard library.
     Returns:
         {"teacher", "window_only", "memory_only", "no_attention", "final", "memory_recovery", "settings"}.
     Raises:
@@ -53,7 +54,7 @@ def evaluate_checkpoint(
             f"evaluate.sequence_length: {settings.sequence_length} is beyond the {context} positions of {checkpoint}; "
             f"use --set evaluate.sequence_length={context}"
         )
-    held_out, filler = _text(text, tokenizer, settings, quiet)
+    held_out, filler = _text(checkpoint, text, tokenizer, settings, quiet)
     measured: tuple[Any, ...] = (tokenizer, held_out, filler, settings)
     own: dict[str, Any] = {"with_recall": with_recall, "quiet": quiet}
     kept = settings.model_dump(mode="json")
@@ -92,8 +93,14 @@ def _teacher(checkpoint: Path, name: str | None, place: torch.device) -> Any | N
         raise InputError(f"{error}\n{name} is the teacher of {checkpoint}; name where it is with --teacher") from error
 
 
-def _text(path: str | None, tokenizer: Any, settings: EvaluateSettings, quiet: bool) -> tuple[torch.Tensor, list[int]]:
+def _text(
+    checkpoint: Path, path: str | None, tokenizer: Any, settings: EvaluateSettings, quiet: bool
+) -> tuple[torch.Tensor, list[int]]:
     """Token ids [N] to measure on, and the filler of recall prompts."""
+    kept = checkpoint / "recipe.yaml"
+    if path is None and kept.is_file():
+        recipe = load_recipe(str(kept)).model_copy(update={"evaluate": settings})
+        return held_out_tokens(recipe, tokenizer, quiet=quiet), recall_filler(recipe, tokenizer, quiet=quiet)
     limit = max(settings.tokens, LEAST_FILLER)
     if path is None:
         ids = list(token_stream(SourceSettings(source="stdlib"), tokenizer, "held_out", limit=limit, quiet=quiet))

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .convert import load_student
-from .data import held_out_tokens, recall_filler
+from .data import held_out_tokens, recall_filler, training_dataset
 from .devices import find_device
 from .evaluate.suite import evaluate_student, evaluate_teacher
 from .export import export_model
@@ -49,26 +49,34 @@ def run(recipe: Recipe, out: Path | None = None, *, resume: bool = False, quiet:
     out = Path(out or recipe.output)
     teacher_dir = preflight(recipe, out, resume)
     _prepare(recipe)
+    place = find_device(recipe.runtime.device)
+    tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
+    measure = Measurement(recipe, tokenizer, out / "evaluation", quiet)
+    for index in range(len(recipe.stages)):
+        training_dataset(
+            recipe, index, tokenizer, quiet=quiet
+        )  # refuses what cannot be read before anything is written
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "recipe.yaml", dump_recipe(recipe))
     write_json(out / "plan.json", make_plan(recipe))
-
-    tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
     model = load_student(teacher_dir, recipe.nha, dtype=getattr(torch, recipe.runtime.dtype), seed=recipe.seed)
-    model.to(find_device(recipe.runtime.device))
-    measure = Measurement(recipe, tokenizer, out / "evaluation", quiet)
+    model.to(place)
     rows = {"teacher": measure.teacher(model)}
     rows["swapped"] = measure.student(model, "swapped", teacher=None, last=not recipe.stages)
+    aligns = [index for index, stage in enumerate(recipe.stages) if stage.kind == "align"]
+    seconds = 0.0
     for index, stage in enumerate(recipe.stages):
-        model, _ = run_stage(model, tokenizer, recipe, index, out, resume=resume, quiet=quiet)
+        model, done = run_stage(model, tokenizer, recipe, index, out, resume=resume, quiet=quiet)
         last = index == len(recipe.stages) - 1
-        label = "final" if last else "aligned" if stage.kind == "align" else f"stage_{index + 1}"
+        seconds += done["seconds"]
+        label = "final" if last else "aligned" if index == aligns[-1] else f"stage_{index + 1}"
         teacher = None if stage.kind == "align" else measure.teacher_model(teacher_dir)
         rows[label] = measure.student(model, label, teacher=teacher, last=last)
     rows.setdefault("final", rows["swapped"] | {"label": "final"})
+    seconds += sum(row["seconds"] for row in rows.values())  # of a killed run's processes, too
     if recipe.stages and recipe.stages[-1].kind == "align":
         rows["aligned"] = rows["final"] | {"label": "aligned"}
-    evaluation = measure.summary(rows, seconds=time.time() - started)
+    evaluation = measure.summary(rows, seconds=max(seconds, time.time() - started))
     write_json(out / "eval.json", evaluation)
     if not (out / "export").exists():
         _save_export_check(model, measure.held_out, out / "export_check.safetensors")

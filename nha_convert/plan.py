@@ -221,9 +221,9 @@ def _notes(recipe: Recipe, windows: list[int | None]) -> list[str]:
     if not exact:
         notes.append("Every layer keeps full attention: the result computes what the model computes.")
     for index, stage in enumerate(recipe.stages):
-        if exact and min(exact) >= stage.sequence_length:
+        if exact and min(exact) + recipe.nha.sinks >= stage.sequence_length:
             notes.append(
-                f"stages.{index}: its sequences of {stage.sequence_length} tokens fit into every window, "
+                f"stages.{index}: its sequences of {stage.sequence_length} tokens fit into every window and the sinks, "
                 "so the slots see nothing and learn nothing; raise sequence_length or lower nha.window"
             )
     trained_last = recipe.stages[-1].kind if recipe.stages else None

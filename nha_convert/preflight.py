@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from .model_files import check_safetensors, local_folder
 from .plan import Dimensions, model_dimensions
 from .recipe import Recipe, load_recipe
 
-NOT_COMPARED = ("output", "runtime.threads", "runtime.logging_steps")
+NOT_COMPARED = ("output", "runtime.threads", "runtime.logging_steps", "export.max_shard_size")
 """Settings that may differ when a run goes on."""
 
 
@@ -103,9 +104,7 @@ def check_output(recipe: Recipe, out: Path, resume: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; choose another folder with --out DIR")
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"{out}: {existing} is not a folder that you may write to; choose another with --out DIR")
+    _check_writable(out)
     if not out.exists() or not holds_something(out):
         return
     kept = out / "recipe.yaml"
@@ -132,6 +131,13 @@ def check_new_folder(out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists and is not an empty folder; choose another, or empty it: rm -r {out}")
+    _check_writable(out)
+
+
+def _check_writable(out: Path) -> None:
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"{out}: {existing} is not a folder that you may write to; choose another")
 
 
 def _differences(before: Recipe, now: Recipe) -> list[str]:
@@ -159,8 +165,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def finished(out: Path) -> bool:
-    """Whether a run folder holds all that a run writes: evaluation, verified export, report."""
-    return (
-        all((out / name).is_file() for name in ("eval.json", "verify.json", "report.html"))
-        and (out / "export" / "config.json").is_file()
+    """Whether a run folder holds all that a run writes: evaluation, export that passed verification, report."""
+    there = [out / name for name in ("eval.json", "verify.json", "report.html", "export/config.json")]
+    return all(path.is_file() for path in there) and bool(
+        json.loads((out / "verify.json").read_text(encoding="utf-8"))["passed"]
     )

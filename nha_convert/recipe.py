@@ -176,7 +176,7 @@ def parse_recipe(
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{label}:{mark.line + 1}" if mark else label
         raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
@@ -224,7 +224,7 @@ def apply_override(data: dict[str, Any], override: str) -> Location:
         raise InputError(f"--set {override}: the form is `a.b=value`, or `~a.b` to go back to the default")
     try:
         value = yaml.safe_load(raw) if equals else None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"--set {override}: the value {raw!r} is not valid YAML; quote it") from error
     parts = path.split(".")
     place: list[str | int] = []

@@ -54,7 +54,10 @@ def recipes_cp(
         raise InputError(f"{target}: a recipe's file name ends in .yaml; use {target.name}.yaml")
     if target.exists():
         raise InputError(f"{target}: exists; choose another name")
-    write_text(target, text)
+    try:
+        write_text(target, text)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written ({error.strerror}); choose another place") from error
     print(target)
 
 

@@ -35,7 +35,13 @@ def _tokens(value: Any) -> int:
         if match is None:
             raise ValueError(f"a count such as 400000, 400k, 20M or 1B is needed, found {value!r}")
         value = float(match[1].replace("_", "")) * _UNITS[match[2].lower()]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 1:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or value != int(value)
+        or value < 1
+    ):
         raise ValueError(f"a count of at least 1 such as 400000, 400k or 20M is needed, found {value!r}")
     return int(value)
 
@@ -81,7 +87,7 @@ def _device(value: Any) -> str:
 
 
 def _size(value: Any) -> str:
-    if isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?[KMGT]i?B", value):
+    if isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?[KMGT]B", value):
         return value
     raise ValueError(f"a size such as 500MB or 5GB is needed, found {value!r}")
 
@@ -275,3 +281,12 @@ class Recipe(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     export: ExportSettings = ExportSettings()
     runtime: RuntimeSettings = RuntimeSettings()
+
+    @field_validator("stages")
+    @classmethod
+    def _distill_is_last(cls, stages: list[AlignStage | DistillStage]) -> list[AlignStage | DistillStage]:
+        if any(stage.kind == "distill" for stage in stages[:-1]):
+            raise ValueError(
+                "a `distill` stage merges its adapters into the teacher's weights; let it be the last stage"
+            )
+        return stages

@@ -123,6 +123,32 @@ def test_held_out_text_is_never_trained_on(folder: Path) -> None:
     assert as_text(tokenizer, torch.tensor(recall_filler(recipe, tokenizer))) == held_out
 
 
+def test_held_out_text_is_mixed_as_the_sources_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every text source has its share, and where one runs out the mix ends instead of shifting."""
+    other = folder / "other"
+    other.mkdir()
+    (other / "digits.txt").write_text("7 " * 20_000)
+    tokenizer = word_tokenizer("<s>")
+    sources: list[dict[str, Any]] = [{"source": "text", "path": str(folder / "0.txt"), "weight": 1}]
+    sources += [{"source": "text", "path": str(other), "weight": 1}, {"source": "recall", "weight": 2}]
+    for wanted in (2000, 10**6):
+        recipe = make_recipe(sources, held_out_tokens=wanted)
+        size = recipe.evaluate.sequence_length - 1
+        tokens = held_out_tokens(recipe, tokenizer)
+        assert tokens.numel() % size == 0 and tokens.numel() <= wanted
+        made: list[int] = []
+        real = RecallGenerator.document
+        monkeypatch.setattr(
+            RecallGenerator, "document", lambda self, n, made=made, real=real: made.append(n) or real(self, n)
+        )
+        held_out_tokens(recipe, tokenizer)
+        monkeypatch.setattr(RecallGenerator, "document", real)
+        assert abs(len(made) * size / tokens.numel() - 0.5) <= size / tokens.numel()
+        rows = [as_text(tokenizer, row) for row in tokens.view(-1, size)]
+        digits = sum(set(row) <= {"7", " "} for row in rows)
+        assert abs(digits - (len(rows) - len(made)) / 2) <= 1
+
+
 def test_dataset_rows_are_held_out_every_twentieth(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

@@ -178,7 +178,9 @@ def test_output_folder(pico_llama: Path, tmp_path: Path) -> None:
 def test_finished(tmp_path: Path) -> None:
     (tmp_path / "export").mkdir()
     for name in ("eval.json", "verify.json", "report.html"):
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text('{"passed": true}')
     assert not finished(tmp_path)
     (tmp_path / "export" / "config.json").touch()
     assert finished(tmp_path)
+    (tmp_path / "verify.json").write_text('{"passed": false}')
+    assert not finished(tmp_path)

@@ -251,7 +251,7 @@ def clean() -> dict[str, Any]:
             "check = load_file(sys.argv[2])\n"
             "with torch.no_grad():\n    logits = model(check['input_ids']).logits\n"
             "print((logits - check['logits']).abs().max().item())\n"
-            "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+            "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
             "ids = tokenizer('import os', return_tensors='pt')\n"
             "out = model.generate(**ids, max_new_tokens=100, min_new_tokens=100)\n"
             "print(out.shape[1] - ids['input_ids'].shape[1])\n"

@@ -118,13 +118,13 @@ def _exact_keys(state: NHAState, rank: torch.Tensor) -> list[tuple[torch.Tensor,
     """Rotated keys, values and visibility [B,places] of the sinks and of the ring."""
     parts = []
     if state.sinks:
-        keys = rotate(state.sink_k, state.sink_cos[:, None], state.sink_sin[:, None])
+        keys = rotate(state.sink_k.to(state.slot_k.dtype), state.sink_cos[:, None], state.sink_sin[:, None])
         seen = torch.arange(state.sinks, device=rank.device) <= rank[:, None]
         parts.append((keys, state.sink_v, seen))
     if state.window:
         places = torch.arange(state.window + 1, device=rank.device)
         age = (rank[:, None] - places).remainder(state.window + 1)  # tokens since that place was written
         seen = (age < state.window) & (rank[:, None] - age >= state.sinks)
-        keys = rotate(state.ring_k, state.ring_cos[:, None], state.ring_sin[:, None])
+        keys = rotate(state.ring_k.to(state.slot_k.dtype), state.ring_cos[:, None], state.ring_sin[:, None])
         parts.append((keys, state.ring_v, seen))
     return parts

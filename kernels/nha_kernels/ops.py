@@ -141,6 +141,9 @@ def nha_decode(
     if q.shape[1] != 1:
         raise ValueError(f"nha_decode takes one token, got q {tuple(q.shape)}; use nha_attention with initial_state")
     _check_state(state, _check_rows(q, padding_mask, None), k, log_decay, state.window, state.sinks, cos)
+    if state.slot_k.is_inference() and not torch.is_inference_mode_enabled():
+        for name, x in state.tensors().items():  # made under inference_mode, and may not be written outside it
+            setattr(state, name, x.clone())
     options: dict[str, Any] = {
         "cos": cos,
         "sin": sin,

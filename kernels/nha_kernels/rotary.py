@@ -47,7 +47,7 @@ class _RotateInto(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, front: int, tail: int) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.front, ctx.like = front, (x.shape, x.stride())
+        ctx.front, ctx.shape = front, x.shape
         out = x.new_empty(*x.shape[:2], front + x.shape[2] + tail, *x.shape[3:])
         out[:, :, :front] = 0
         out[:, :, front + x.shape[2] :] = 0
@@ -58,10 +58,9 @@ class _RotateInto(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         cos, sin = ctx.saved_tensors
-        shape, stride = ctx.like
         half = cos.shape[-1] // 2
-        out = torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device)
-        grad = grad[:, :, ctx.front : ctx.front + shape[2]]
+        grad = grad[:, :, ctx.front : ctx.front + ctx.shape[2]]
+        out = grad.new_empty(ctx.shape)
         _turn(grad, cos, sin[..., half:], -sin[..., :half], out)
         return out, None, None, None, None
 

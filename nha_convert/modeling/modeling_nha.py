@@ -74,14 +74,22 @@ class NHAModelMixin(NHAPreTrainedMixin):
             attention_mask: [B, past + T], 1 = real token; padding may stand anywhere.
             position_ids: [B or 1, T]. With B = 1, no mask and no cache, a step other than 1 starts a new document.
             past_key_values: a cache from `new_cache()`; made here when `use_cache` asks for one.
-            use_cache: default: the configuration's, but off while training.
+            use_cache: default: the configuration's, but off while training and for packed documents.
         Raises:
             ValueError: a mask that is not 2D, packed documents with B > 1 or a cache, or a cache without
                 NHA states.
         """
         if nha_layers(self):  # type: ignore[arg-type]
+            packed = kwargs.get("cu_seq_lens_q")
+            if packed is not None and position_ids is None:
+                position_ids = _positions_of(packed)
             if use_cache is None:
-                use_cache = self.config.use_cache and not self.training  # type: ignore[attr-defined]
+                several = (
+                    attention_mask is None
+                    and past_key_values is None
+                    and _document_boundaries(position_ids, packed) is not None
+                )
+                use_cache = self.config.use_cache and not self.training and not several  # type: ignore[attr-defined]
             if past_key_values is None and use_cache:
                 past_key_values = self.new_cache()
             length = (inputs_embeds if input_ids is None else input_ids).shape[1]  # type: ignore[union-attr]
@@ -137,6 +145,11 @@ def _padding_mask(attention_mask: torch.Tensor | None, length: int) -> torch.Ten
         raise ValueError(f"NHA layers need a 2D attention_mask [batch, past + tokens], 1 = real token; got {found}")
     padding = attention_mask[:, -length:].bool()
     return None if bool(padding.all()) else padding
+
+
+def _positions_of(boundaries: torch.Tensor) -> torch.Tensor:
+    """position_ids [1, T] that start anew at each of the boundaries [N + 1]."""
+    return torch.cat([torch.arange(int(length), device=boundaries.device) for length in boundaries.diff()])[None]
 
 
 def _document_boundaries(position_ids: torch.Tensor | None, given: torch.Tensor | None) -> torch.Tensor | None:

@@ -71,11 +71,6 @@ def run_stage(
 
 def _check(model: Any, recipe: Recipe, index: int) -> None:
     kind = recipe.stages[index].kind
-    if any(stage.kind == "distill" for stage in recipe.stages[:index]):
-        raise InputError(
-            f"stages.{index} ({kind}): stands after a `distill` stage, whose merged weights are no longer the "
-            "teacher's; let `distill` be the last stage"
-        )
     if kind == "align" and not nha_layers(model):
         raise InputError(
             f"stages.{index} (align): nothing to train, every layer keeps full attention; set nha.window to a number"

@@ -173,8 +173,10 @@ def test_a_finished_run_prints_its_table_again(run_folder: Path) -> None:
     assert "nha.slots is 4 in the folder, 8 now" in other.stderr
 
 
-def test_a_failed_verification_is_exit_code_1(run_folder: Path) -> None:
+def test_a_failed_verification_is_exit_code_1(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run_folder / "verify.json").write_text('{"passed": false, "failures": ["logits differ by 0.5"]}')
+    evaluation = json.loads((run_folder / "eval.json").read_text())
+    monkeypatch.setattr("nha_convert.pipeline.run", lambda *_, **__: evaluation)  # it verifies, and fails, again
     answer = nha_convert("run", "run", "--resume", cwd=run_folder.parent)
     assert answer.returncode == 1
     assert "2.1250" in answer.stdout

@@ -117,6 +117,19 @@ def test_packed_documents_are_separate(pico: Path) -> None:
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_packed_documents_need_no_further_options(pico_llama: Path) -> None:
+    """In evaluation mode the default cache is left off, and boundaries alone separate full layers too."""
+    model = load_student(pico_llama, NHASettings(window=4, slots=8, full_attention_layers=[0]))
+    first, second = torch.arange(9)[None] * 5 % 251, torch.arange(11)[None] * 7 % 251
+    packed = torch.cat((first, second), 1)
+    positions = torch.cat((torch.arange(9), torch.arange(11)))[None]
+    boundaries = torch.tensor([0, 9, 20], dtype=torch.int32)
+    alone = model(second).logits
+    for options in ({"position_ids": positions}, {"cu_seq_lens_q": boundaries}):
+        assert (model(packed, **options).logits[:, 9:] - alone).abs().max() <= 1e-5
+
+
 def test_outputs_of_the_base_class(pico_llama: Path) -> None:
     out = load_student(pico_llama, SMALL)(IDS, output_hidden_states=True)
     assert len(out.hidden_states) == 3 and out.past_key_values.get_seq_length() == 40
