@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
 import resource
-import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_process import ROOT, in_a_process
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -20,7 +19,6 @@ from nha_convert.convert import load_student
 from nha_convert.export import export_model
 from nha_convert.recipe import NHASettings, Recipe, dump_recipe, list_recipes, load_recipe
 
-ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ["run", "swap", "plan", "recipes", "eval", "export", "verify", "report", "generate", "doctor"]
 
 
@@ -29,20 +27,6 @@ class Answer:
     returncode: int
     stdout: str
     stderr: str
-
-
-def in_a_process(*arguments: Any, cwd: Path) -> Answer:
-    """The command as a stranger starts it."""
-    answer = subprocess.run(
-        [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
-    return Answer(answer.returncode, answer.stdout, answer.stderr)
 
 
 def nha_convert(*arguments: Any, cwd: Path) -> Answer:

@@ -1,29 +1,13 @@
 """Bad input, as a stranger types it: exit code 2, one clear line per problem with the fix, nothing written."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from cli_process import in_a_process as nha_convert
 from safetensors.torch import save_file
 from transformers import GPT2Config
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def nha_convert(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
