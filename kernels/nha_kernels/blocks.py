@@ -24,6 +24,15 @@ def _band(block: int, window: int, skip: int, repeat: int, dtype: torch.dtype, d
     return band.repeat_interleave(repeat, 0)
 
 
+@lru_cache(maxsize=32)
+def sink_band(
+    block: int, window: int, skip: int, repeat: int, sinks: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """[Q*R,S+X] 0 at the sinks, and in the span of keys where the query sees them; -inf elsewhere. No span if W = 0."""
+    seen = torch.zeros(block * repeat, sinks, dtype=dtype, device=device)
+    return torch.cat([seen, _band(block, window, skip, repeat, dtype, device)], 1) if window else seen
+
+
 def key_spans(x: torch.Tensor, first: int, blocks: int, block: int, window: int, skip: int) -> torch.Tensor:
     """What each block sees of x.
 

@@ -22,8 +22,9 @@ from .segments import Inputs, Plan
 from .state import NHAState
 from .tiles import TILE
 
-WORKSPACE = {"cpu": 1_600_000}  # scores held at once: what caches hold, more elsewhere
+WORKSPACE = {"cpu": 2_400_000}  # scores held at once: what caches hold, more elsewhere
 WORKSPACE_ELSEWHERE = 100_000_000
+PIECE = 1024  # tokens to work on together where nothing is kept for a gradient
 
 
 def nha_chunked(
@@ -92,14 +93,28 @@ def _run(
     slot_bias: torch.Tensor | None,
     branch: str,
 ) -> tuple[torch.Tensor, torch.Tensor | None, NHAState | None]:
-    """Rows whose real tokens come first, `lengths` [B] of them (None: all)."""
-    call = _Call(tokens, lengths, state, window, sinks, scale, slot_q_scale, slot_bias, mask_empty, branch)
+    """Rows whose real tokens come first, `lengths` [B] of them (None: all); long calls without gradient piece by piece,
+
+    so that what a piece makes is reused from caches and from the allocator.
+    """
+    settings = (window, sinks, scale, slot_q_scale, slot_bias, mask_empty, branch)
+    call = _Call(tokens, lengths, state, *settings)
     if call.plain and not return_lse:
-        o, slots = call.softmax_attention(), None
-        lse = None
-    else:
+        return call.softmax_attention(), None, call.final_state(None, kept) if output_final_state else None
+    step = max(PIECE // call.batch, 4 * call.window) // TILE * TILE
+    if call.differentiable() or call.time < 2 * step:
         o, lse, slots = call.attend(output_final_state)
-    return o, lse, call.final_state(slots, kept) if output_final_state else None
+        return o.flatten(2, 3), lse, call.final_state(slots, kept) if output_final_state else None
+
+    o = call.q.new_empty(call.batch, call.time, call.groups, call.heads // call.groups, call.dim)
+    lse = o.new_empty(call.batch, call.time, call.heads)
+    for at in range(0, call.time, step):
+        place = slice(at, min(at + step, call.time))
+        left = None if lengths is None else (lengths - at).clamp(0, step)
+        piece = _Call([x[:, place] for x in tokens], left, state, *settings)
+        o[:, place], lse[:, place], slots = piece.attend(output_final_state)
+        state = piece.final_state(slots, kept)
+    return o.flatten(2, 3), lse, state if output_final_state else None
 
 
 class _Call:
@@ -132,6 +147,16 @@ class _Call:
         self.plain = not self.absorbs and mask_empty and branch != "slots"
         self.seen = torch.zeros(1, dtype=torch.int64, device=self.q.device) if state is None else state.seen
 
+        self.steady = False  # True: known that every row is past its first W + S tokens, so that nothing is hidden
+        if state is not None and state.seen.device.type == "cpu":
+            self.steady = bool((state.seen >= self.window + sinks).all())
+
+    def differentiable(self) -> bool:
+        """Whether a gradient may be asked of this call."""
+        tensors = [self.q, self.k, self.v, self.log_decay, self.slot_q_scale, self.slot_bias]
+        tensors += [] if self.state is None else list(self.state.tensors().values())
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
     def softmax_attention(self) -> torch.Tensor:
         """Every key is exact and visible: causal softmax attention [B,T,H,D]."""
         q, k, v = (x.transpose(1, 2) for x in (self.q, self.k, self.v))
@@ -143,13 +168,14 @@ class _Call:
     def plan(self) -> Plan:
         """Sizes of this call."""
         up = -(-self.time // TILE) * TILE
-        block = min(64 if self.window > 32 else 32, up)
+        block = min(32 if self.window <= 64 else 64, up)
         closed = self.window + self.sinks if self.state is None and self.mask_empty else 0
         return Plan(
             tokens=-(-self.time // block) * block,
             start=closed // TILE * TILE,
             window=self.window,
-            hidden=self.window + self.sinks,
+            sinks=self.sinks,
+            hidden=0 if self.steady else self.window + self.sinks,
             repeat=self.heads // self.groups,
             block=block,
             scale=self.scale,
@@ -160,7 +186,7 @@ class _Call:
         )
 
     def attend(self, output_final_state: bool) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor] | None]:
-        """o [B,T,H,D], lse [B,T,H] and the final slots [B,G,M,D] x 2, or None if nothing was absorbed."""
+        """o [B,T,G,R,D], lse [B,T,H] and the final slots [B,G,M,D] x 2, or None if nothing was absorbed."""
         p = self.plan()
         inputs = self.inputs(p, p.attend_slots or (self.absorbs and output_final_state))
         masks = {name: getattr(inputs, name) for name in ("key_mask", "slot_mask", "sink_mask")}
@@ -168,7 +194,7 @@ class _Call:
         o, lse, *slots = SlotWindowAttention.apply(p, masks, *tensors)
         o = o.view(self.batch, self.groups, p.tokens, p.repeat, self.dim)[:, :, : self.time]
         lse = lse.view(self.batch, self.groups, p.tokens, p.repeat)[:, :, : self.time]
-        o = o.transpose(1, 2).reshape(self.batch, self.time, self.heads, self.dim)
+        o = o.transpose(1, 2)  # [B,T,G,R,D]
         lse = lse.transpose(1, 2).reshape(self.batch, self.time, self.heads)
         if slots[0] is None:
             return o, lse, None
@@ -202,7 +228,7 @@ class _Call:
             sink_v=sink_v.flatten(0, 1) if has_sinks else None,
             slot_k=None if state is None else state.slot_k.to(k.dtype).flatten(0, 1),
             slot_v=None if state is None else state.slot_v.to(k.dtype).flatten(0, 1),
-            **self.masks(p),
+            **({} if self.steady else self.masks(p)),
         )
 
     def queries(

@@ -21,38 +21,52 @@ from .tiles import fade, mix, tile_scores
 
 def _attend(g: Group, segment: slice, o: torch.Tensor, lse: torch.Tensor) -> None:
     """Write output [n,t*R,D] and lse [n,t*R] of a segment into [n,T*R,..]."""
-    plan, x = g.plan, g.x
+    plan, tail = g.plan, g.sees_slots(segment)
     rows = slice(segment.start * plan.repeat, segment.stop * plan.repeat)
-    out, top, total = torch.zeros_like(o[:, rows]), torch.full_like(lse[:, rows], EMPTY), torch.zeros_like(lse[:, rows])
-    window = g.window_scores(segment) if plan.attend_window and plan.window else None
-    sink = g.sink_scores(segment) if plan.attend_window and x.sink_k is not None else None
-    slot, tail, offset = None, g.sees_slots(segment), None
-    if plan.attend_slots and tail.start < tail.stop:
-        d, (state_k, state_v), (absorbed_k, absorbed_v) = g.slot_side(segment)
-        slot, offset = tile_scores(d, g.slot_queries(segment), state_k, absorbed_k), g.slot_offset(segment)
+    o, lse = o[:, rows], lse[:, rows]
+    out, top = _exact(g, segment, o)
+    if not plan.attend_slots or tail.start >= tail.stop:
+        o.copy_(out)
+        lse.copy_(top)
+        return
+    o[:, : tail.start], lse[:, : tail.start] = out[:, : tail.start], top[:, : tail.start]
+    out, exact_top, o, lse = out[:, tail], top[:, tail].clamp(min=EMPTY), o[:, tail], lse[:, tail]
 
-    every = slice(0, rows.stop - rows.start)
-    parts = [(window, every, None), (sink, every, None), (slot, tail, offset)]
-    for scores, which, added in parts:
-        if scores is not None:
-            here = top[:, which]
-            best = scores.amax(-1).view_as(here)
-            torch.maximum(here, best if added is None else best + added, out=here)
-    for scores, which, added in parts:
-        if scores is not None:
-            here = top[:, which] if added is None else top[:, which] - added
-            scores.sub_(here.reshape(scores.shape[:2])[..., None]).exp_()
-            total[:, which] += scores.sum(-1).view_as(here)
+    d, (state_k, state_v), (absorbed_k, absorbed_v) = g.slot_side(segment)
+    slot, offset = tile_scores(d, g.slot_queries(segment), state_k, absorbed_k), g.slot_offset(segment)
+    top = torch.maximum(exact_top, slot.amax(-1).view_as(offset) + offset)  # [n,t'*R]
+    slot.sub_((top - offset).view(*slot.shape[:2], 1)).exp_()
+    share = exact_top.sub_(top).exp_() if plan.attend_exact else torch.zeros_like(top)
+    total = slot.sum(-1).view_as(top) + share
+    read = torch.bmm(fade(d, slot), state_v).baddbmm_(mix(d, slot), absorbed_v).view_as(out)
+    inverse = total.clamp(min=1e-30).reciprocal_()
+    out.mul_((share * inverse)[..., None])
+    torch.addcmul(out, read, inverse[..., None], out=o)
+    torch.add(top, total.log_(), out=lse)
+
+
+def _exact(g: Group, segment: slice, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [n,t*R,D] and lse [n,t*R] of a segment over window and sinks alone; 0 and -inf where there are none."""
+    if not g.plan.attend_exact:
+        return torch.zeros_like(like), torch.full(like.shape[:2], float("-inf"), dtype=like.dtype, device=like.device)
+    if like.device.type == "cpu":
+        queries, keys, values, mask = g.exact_keys(segment)
+        out, top = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys, values, attn_mask=mask, scale=g.plan.scale
+        )
+        return out.view(like.shape), top.view(like.shape[:2])
+    window = g.window_scores(segment) if g.plan.window else None
+    sink = None if g.x.sink_k is None else g.sink_scores(segment)
+    parts = [x.view(*like.shape[:2], -1) for x in (window, sink) if x is not None]
+    top = torch.stack([x.logsumexp(-1) for x in parts]).logsumexp(0)  # [n,t*R]
+    out = torch.zeros_like(like)
     if window is not None:
-        out = torch.bmm(window, g.spans(x.v, segment)).view_as(out)
+        weights = window.sub_(top.view(*window.shape[:2], 1)).exp_()
+        out = torch.bmm(weights, g.spans(g.x.v, segment)).view(like.shape)
     if sink is not None:
-        assert x.sink_v is not None
-        out.baddbmm_(sink, x.sink_v)
-    if slot is not None:
-        read = torch.bmm(fade(d, slot), state_v).baddbmm_(mix(d, slot), absorbed_v)
-        out[:, tail] += read.view_as(out[:, tail])
-    o[:, rows] = out.div_(total.clamp(min=1e-30)[..., None])
-    lse[:, rows] = top + total.log()
+        assert g.x.sink_v is not None
+        out.baddbmm_(sink.sub_(top[..., None]).exp_(), g.x.sink_v)
+    return out, top
 
 
 class SlotWindowAttention(torch.autograd.Function):

@@ -39,27 +39,31 @@ def decode_step(
     batch, _, heads, dim = q.shape
     groups, exact = k.shape[2], state.slot_k.dtype
     scale = dim**-0.5 if scale is None else scale
+    rank = _common_rank(state, padding_mask)
+    seeable = branch != "window" or state.window + state.sinks > 0
+    if rank is not None and rank >= state.window + state.sinks and seeable:
+        return _steady_step(q, k, v, log_decay, state, rank, cos, sin, scale, slot_q_scale, slot_bias, branch)
     real = torch.ones_like(state.seen, dtype=torch.bool) if padding_mask is None else padding_mask[:, 0]
     _take_in(k, v, log_decay, cos, sin, state, real)
     _absorb(state, real)
     state.seen += real
 
     grouped = q.to(exact).reshape(batch, groups, heads // groups, dim)  # [B,G,R,D]
-    rank = state.seen - 1  # [B] of the newest token
-    scores, values = [], []
+    newest = state.seen - 1  # [B] rank
+    scores, values = [grouped.new_empty(*grouped.shape[:3], 0)], [state.slot_v[:, :, :0]]
     if branch != "window":
         slot_q = grouped if slot_q_scale is None else grouped * slot_q_scale.to(exact).view(groups, -1, dim)
         score = slot_q @ state.slot_k.transpose(-1, -2) * scale  # [B,G,R,M]
         if slot_bias is not None:
             score = score + slot_bias.to(exact).view(groups, -1, 1)
         if mask_empty:
-            empty = rank < state.window + state.sinks
+            empty = newest < state.window + state.sinks
             score = score.masked_fill(empty[:, None, None, None], float("-inf"))
         scores.append(score)
         values.append(state.slot_v)
     if branch != "slots":
         turned = grouped if cos is None or sin is None else rotate(grouped, cos[:, :, None], sin[:, :, None])
-        for keys, value, seen in _exact_keys(state, rank):
+        for keys, value, seen in _exact_keys(state, newest):
             score = turned @ keys.to(exact).transpose(-1, -2) * scale
             scores.append(score.masked_fill(~seen[:, None, None], float("-inf")))
             values.append(value.to(exact))
@@ -68,6 +72,72 @@ def decode_step(
     weight = score.masked_fill(~some, 0).softmax(-1).masked_fill(~some, 0)
     o = weight @ torch.cat(values, 2)
     return o.reshape(batch, 1, heads, dim).to(q.dtype)
+
+
+def _common_rank(state: NHAState, padding_mask: torch.Tensor | None) -> int | None:
+    """Rank of the coming token, if it is real and the same in every row and known without waiting for a device."""
+    if padding_mask is not None or state.seen.device.type != "cpu":
+        return None
+    ranks = set(state.seen.tolist())
+    return ranks.pop() if len(ranks) == 1 else None
+
+
+def _steady_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    state: NHAState,
+    rank: int,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    scale: float,
+    slot_q_scale: torch.Tensor | None,
+    slot_bias: torch.Tensor | None,
+    branch: str,
+) -> torch.Tensor:
+    """`decode_step` where every row takes in the token of the same rank >= W + S: one token is absorbed, nothing masked
+
+    but the ring place it leaves. Few operations, because at one token their number is the cost.
+    """
+    batch, _, heads, dim = q.shape
+    groups, exact, window, sinks = k.shape[2], state.slot_k.dtype, state.window, state.sinks
+    place, gone = rank % (window + 1), (rank - window) % (window + 1)
+    for kept, x in ((state.ring_k, k), (state.ring_v, v), (state.ring_log_decay, log_decay)):
+        kept.select(2, place).copy_(x.select(1, 0))
+    if cos is not None and sin is not None:
+        state.ring_cos.select(1, place).copy_(cos.select(1, 0))
+        state.ring_sin.select(1, place).copy_(sin.select(1, 0))
+    decay = state.ring_log_decay.select(2, gone).clamp(min=LOG_DECAY_FLOOR).unsqueeze(-1)  # [B,G,M,1]
+    keep, write = decay.exp(), write_strength(decay)
+    for slot, ring in ((state.slot_k, state.ring_k), (state.slot_v, state.ring_v)):
+        slot.mul_(keep).addcmul_(write, ring.narrow(2, gone, 1).to(exact))
+    state.seen += 1
+
+    grouped = q.to(exact).reshape(batch, groups, -1, dim) * scale  # [B,G,R,D]
+    scores, values = [], []
+    if branch != "window":
+        slot_q = grouped if slot_q_scale is None else grouped * slot_q_scale.to(exact).view(groups, -1, dim)
+        score = slot_q @ state.slot_k.transpose(2, 3)  # [B,G,R,M]
+        scores.append(score if slot_bias is None else score.add_(slot_bias.to(exact).view(groups, -1, 1)))
+        values.append(state.slot_v)
+    if branch != "slots" and window + sinks:
+        keys, turn = [state.sink_k] * (sinks > 0), [(state.sink_cos, state.sink_sin)] * (sinks > 0)
+        values += [state.sink_v.to(exact)] * (sinks > 0)
+        if window:
+            keys, turn = [*keys, state.ring_k], [*turn, (state.ring_cos, state.ring_sin)]
+            values.append(state.ring_v.to(exact))
+        key = torch.cat(keys, 2).to(exact)  # [B,G,S+C,D]
+        if cos is not None and sin is not None:
+            every_cos, every_sin = (torch.cat(x, 1).unsqueeze(1) for x in zip(*turn, strict=True))
+            key = rotate(key, every_cos, every_sin)
+            grouped = rotate(grouped, cos.unsqueeze(1), sin.unsqueeze(1))
+        score = grouped @ key.transpose(2, 3)
+        if window:
+            score.select(3, sinks + gone).fill_(float("-inf"))
+        scores.append(score)
+    weight = torch.cat(scores, 3).softmax(-1)
+    return (weight @ torch.cat(values, 2)).view(batch, 1, heads, dim).to(q.dtype)
 
 
 def _take_in(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .blocks import band_scores, key_spans
+from .blocks import band_scores, key_spans, sink_band
 from .tiles import TILE, Decays, scan_states, tile_decays
 
 EMPTY = -1e30  # stands for the maximum of a row that sees nothing
@@ -29,7 +29,8 @@ class Plan:
     tokens: int  # T
     start: int  # first token that may see slots, a multiple of the tile length
     window: int
-    hidden: int  # W + S: places of the key array from here on hold keys that the window may show
+    sinks: int
+    hidden: int  # before this place of the key array there may be keys that the window does not show
     repeat: int  # R
     block: int
     scale: float
@@ -37,6 +38,11 @@ class Plan:
     attend_slots: bool
     attend_window: bool
     workspace: int  # scores held at once
+
+    @property
+    def attend_exact(self) -> bool:
+        """Whether there are window or sinks; if so, every query sees a key of theirs."""
+        return self.attend_window and self.window + self.sinks > 0
 
     def _per_token(self) -> int:
         return self.repeat * (self.block + self.window + 64)
@@ -78,7 +84,7 @@ class Inputs:
     sink_v: torch.Tensor | None  # [N,S,D]
     slot_k: torch.Tensor | None  # [N,M,D] initial state
     slot_v: torch.Tensor | None  # [N,M,D]
-    key_mask: torch.Tensor | None = None  # [N,A] 0 or -inf; -inf only before place W + S
+    key_mask: torch.Tensor | None = None  # [N,A] 0 or -inf; -inf only before place `hidden`
     slot_mask: torch.Tensor | None = None  # [N,first of T'] 0 or -inf, nothing hidden after
     sink_mask: torch.Tensor | None = None  # [N,min(T,S),S] 0 or -inf
 
@@ -102,13 +108,14 @@ class Group:
         if x.log_decay is not None:
             assert x.k is not None
             held = slice(plan.start, plan.start + x.log_decay.shape[1])  # query i's place holds the token it absorbs
-            k, v = (y[:, held].reshape(-1, TILE, y.shape[2]) for y in (x.k, x.v))
-            self.absorbed = (k, v)  # [n*C,L,D] x 2
+            dim, both = x.k.shape[2], torch.cat([x.k[:, held], x.v[:, held]], 2).view(-1, TILE, 2 * x.k.shape[2])
+            self.absorbed = (both[..., :dim], both[..., dim:])  # [n*C,L,D] x 2
             self.decays = tile_decays(x.log_decay)
             if states is None:
-                states_k, final_k = scan_states(self.decays, k, x.slot_k, self.count)
-                states_v, final_v = scan_states(self.decays, v, x.slot_v, self.count)
-                self.states, self.final = (states_k, states_v), (final_k, final_v)
+                initial = None if x.slot_k is None or x.slot_v is None else torch.cat([x.slot_k, x.slot_v], 2)
+                every, final = scan_states(self.decays, both, initial, self.count)
+                self.states = (every[..., :dim], every[..., dim:])
+                self.final = (final[..., :dim], final[..., dim:])
 
     def token_rows(self, x: torch.Tensor, segment: slice) -> torch.Tensor:
         """[n,t*R,...] of a segment from [n,T*R,...]."""
@@ -136,24 +143,61 @@ class Group:
         assert x.q is not None and x.turned_k is not None
         rows = self.token_rows(x.q, segment).reshape(-1, p.block * p.repeat, x.q.shape[2])
         out = band_scores(rows, self.spans(x.turned_k, segment), p.block, p.window, p.skip(segment), p.scale)
-        hidden = p.hidden - segment.start - p.skip(segment)  # places of the first span that may be masked
-        if hidden > 0:
-            number = min(-(-hidden // p.block), (segment.stop - segment.start) // p.block)
-            assert x.key_mask is not None
-            mask = key_spans(x.key_mask, segment.start, number, p.block, p.window, p.skip(segment))
-            first = out.view(self.count, -1, *out.shape[1:])[:, :number]
-            first += mask.view(self.count, number, 1, -1)
+        self._mask_spans(out.view(self.count, -1, *out.shape[1:]), segment)
         return out
 
     def sink_scores(self, segment: slice) -> torch.Tensor:
         """[n,t*R,S]"""
         p, x = self.plan, self.x
-        assert x.q is not None and x.sink_k is not None and x.sink_mask is not None
+        assert x.q is not None and x.sink_k is not None
         out = torch.bmm(self.token_rows(x.q, segment), x.sink_k.transpose(1, 2)).mul_(p.scale)
-        masked = x.sink_mask[:, segment]
-        grouped = out[:, : masked.shape[1] * p.repeat].view(self.count, masked.shape[1], p.repeat, out.shape[2])
-        grouped += masked[:, :, None]
+        self._mask_sinks(out, segment)
         return out
+
+    def _mask_sinks(self, scores: torch.Tensor, segment: slice) -> None:
+        """Add the mask of sinks to [n,t*R,S]."""
+        if self.x.sink_mask is not None:
+            masked, repeat = self.x.sink_mask[:, segment], self.plan.repeat
+            first = scores[:, : masked.shape[1] * repeat].unflatten(1, (masked.shape[1], repeat))
+            first += masked[:, :, None]
+
+    def _mask_spans(self, scores: torch.Tensor, segment: slice) -> None:
+        """Add the mask of keys to [n,b,...,X]."""
+        p, first = self.plan, segment.start
+        hidden = p.hidden - first - p.skip(segment)  # places of the first span that may be masked
+        if hidden > 0:
+            number = min(-(-hidden // p.block), scores.shape[1])
+            assert self.x.key_mask is not None
+            mask = key_spans(self.x.key_mask, first, number, p.block, p.window, p.skip(segment))
+            part = scores[:, :number]
+            part += mask.view(self.count, number, 1, -1)
+
+    def exact_keys(self, segment: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `scaled_dot_product_attention` takes for sinks and window together.
+
+        Returns:
+            queries [n*b,1,block*R,D]; keys, values [n*b,1,S+X,D]; additive mask [block*R,S+X] or [n*b,1,block*R,S+X].
+        """
+        p, x = self.plan, self.x
+        assert x.q is not None
+        blocks, skip = (segment.stop - segment.start) // p.block, p.skip(segment)
+
+        def keys(sink: torch.Tensor | None, tokens: torch.Tensor | None) -> torch.Tensor:
+            parts = [] if sink is None else [sink[:, None].expand(-1, blocks, -1, -1).flatten(0, 1)]
+            parts += [self.spans(tokens, segment)] if tokens is not None and p.window else []
+            return (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, None]
+
+        mask = sink_band(p.block, p.window, skip, p.repeat, p.sinks, x.q.dtype, x.q.device)
+        if (p.window and segment.start + skip < p.hidden) or (
+            x.sink_mask is not None and segment.start < x.sink_mask.shape[1]
+        ):
+            mask = mask.expand(self.count, blocks, -1, -1).clone(memory_format=torch.contiguous_format)
+            if p.window:
+                self._mask_spans(mask[..., p.sinks :], segment)
+            self._mask_sinks(mask.view(self.count, -1, mask.shape[3])[..., : p.sinks], segment)
+            mask = mask.view(-1, 1, *mask.shape[2:])
+        queries = self.token_rows(x.q, segment).reshape(-1, 1, p.block * p.repeat, x.q.shape[2])
+        return queries, keys(x.sink_k, x.turned_k), keys(x.sink_v, x.v), mask
 
     def slot_queries(self, segment: slice) -> torch.Tensor:
         """[n*c,L*R,D]"""

@@ -86,7 +86,7 @@ def scan_states(
 
     Args:
         d: of n*C tiles.
-        tokens: [n*C,L,D] absorbed keys or values.
+        tokens: [n*C,L,D] absorbed keys, values, or both side by side.
         initial: [n,M,D] or None for empty slots.
         rows: n.
     Returns:
@@ -96,9 +96,10 @@ def scan_states(
     carry = d.carry.view(rows, -1, d.carry.shape[1], 1)
     states = torch.empty_like(added)
     states[:, 0] = 0 if initial is None else initial * d.first[..., None]
-    for c in range(added.shape[1] - 1):
-        torch.addcmul(added[:, c], states[:, c], carry[:, c], out=states[:, c + 1])
-    return states, torch.addcmul(added[:, -1], states[:, -1], carry[:, -1])
+    steps = list(zip(added.unbind(1), states.unbind(1), carry.unbind(1), strict=True))  # indexing costs more than maths
+    for (new, state, fall), (_, into, _) in zip(steps[:-1], steps[1:], strict=True):
+        torch.addcmul(new, state, fall, out=into)
+    return states, torch.addcmul(*steps[-1])
 
 
 def scan_back(d: Decays, increments: torch.Tensor, final: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

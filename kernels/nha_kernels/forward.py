@@ -1,0 +1,212 @@
+"""Launch 2: slots, sinks and window under one online softmax, one program per tile and query head.
+
+Legend: as in triton_common and scan.
+"""
+
+from __future__ import annotations
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as missing:
+    raise ImportError("the Triton kernels need triton: pip install triton, or use backend='torch'") from missing
+
+from .triton_common import (
+    LN2,
+    LOG2E,
+    NEG_INF,
+    SIZES,
+    dot,
+    half_columns,
+    lifted_writes,
+    load_turn,
+    locate,
+    softmax_step,
+    turn,
+    wide,
+)
+
+
+@triton.jit
+def slot_scores(
+    q_a, q_b, state_k, k, g2, log_decay, decay, i, row_ok, t0, length, hidden, m, m_ok, j, col_a, col_b,
+    G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY_PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Products of queries with slots [BT,BM] as each row finds them, without scale and bias."""
+    at = m[None, :] * D
+    ok = (j < D // 2)[:, None] & m_ok[None, :]
+    scores = dot(q_a, tl.load(state_k + at + col_a[:, None], mask=ok, other=0.0), PRECISION, INTERPRET)
+    scores += dot(q_b, tl.load(state_k + at + col_b[:, None], mask=ok, other=0.0), PRECISION, INTERPRET)
+    scores *= tl.exp2(decay)
+    for first in tl.range(t0, t0 + BT, BC, num_stages=1):
+        write, middle = lifted_writes(g2, log_decay, first, length, hidden, G * M, m, m_ok, BC)
+        token = first + tl.arange(0, BC)
+        token_ok = ((token >= hidden) & (token < length))[None, :] & (j < D // 2)[:, None]
+        token_at = tl.arange(0, BC)[None, :] * (G * D)
+        base = k + wide(first) * (G * D)
+        pairs = dot(q_a, tl.load(base + token_at + col_a[:, None], mask=token_ok, other=0.0), PRECISION, INTERPRET)
+        pairs += dot(q_b, tl.load(base + token_at + col_b[:, None], mask=token_ok, other=0.0), PRECISION, INTERPRET)
+        pairs = tl.where(i[:, None] >= token[None, :], pairs, 0.0)
+        fall = tl.where((row_ok & (i >= first))[:, None], tl.exp2(decay - middle[None, :]), 0.0)
+        scores += dot(pairs, write, DECAY_PRECISION, INTERPRET) * fall
+    return scores
+
+
+@triton.jit
+def slot_values(
+    weights, state_v, v, g2, log_decay, decay, i, row_ok, t0, length, hidden, m, m_ok, d,
+    G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY_PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """What weights [BT,BM] read from the slots, [BT,BD]."""
+    dtype = v.dtype.element_ty
+    values = tl.load(state_v + m[:, None] * D + d[None, :], mask=m_ok[:, None] & (d < D)[None, :], other=0.0)
+    acc = dot((weights * tl.exp2(decay)).to(dtype), values, PRECISION, INTERPRET)
+    for first in tl.range(t0, t0 + BT, BC, num_stages=1):
+        write, middle = lifted_writes(g2, log_decay, first, length, hidden, G * M, m, m_ok, BC)
+        token = first + tl.arange(0, BC)
+        fall = tl.where((row_ok & (i >= first))[:, None], tl.exp2(decay - middle[None, :]), 0.0)
+        mixed = dot(weights * fall, tl.trans(write), DECAY_PRECISION, INTERPRET)
+        mixed = tl.where(i[:, None] >= token[None, :], mixed, 0.0)
+        token_ok = ((token >= hidden) & (token < length))[:, None] & (d < D)[None, :]
+        token_at = tl.arange(0, BC)[:, None] * (G * D) + d[None, :]
+        base = v + wide(first) * (G * D)
+        acc += dot(mixed.to(dtype), tl.load(base + token_at, mask=token_ok, other=0.0), PRECISION, INTERPRET)
+    return acc
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attend(
+    q, k, turned, v, log_decay, g2, states, cos, sin, slot_q_scale, slot_bias, o, lse,
+    starts, lengths, first_tile, tile_doc, seen, T, tiles, total_tiles, past, W, S, per_doc, scale2,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, P: tl.constexpr, BT: tl.constexpr,
+    BC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
+    SLOTS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK_EMPTY: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr, SEEN: tl.constexpr,
+    SHARED_COS: tl.constexpr, PRECISION: tl.constexpr, DECAY_PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Output [.., H, D] and lse [.., H] of one tile and query head."""
+    tile = tl.program_id(0) // H
+    h = tl.program_id(0) % H
+    g = h // (H // G)
+    doc, c, start, length, hidden = locate(
+        tile, starts, lengths, first_tile, tile_doc, seen, T, tiles, W, S, RAGGED, SEEN
+    )
+    t0 = c * BT
+    if t0 >= length:
+        return
+    i = t0 + tl.arange(0, BT)
+    row_ok = i < length
+    row0 = start + t0
+    n = tl.arange(0, BT)
+    j = tl.arange(0, BH)
+    col_a, col_b = half_columns(j, D // 2, P)
+    d = tl.arange(0, BD)
+    head_ok = row_ok[:, None] & (j < D // 2)[None, :]
+    q += (row0 * H + h) * D
+    q_at = n[:, None] * (H * D)
+    dtype = q.dtype.element_ty
+    key0 = start + doc * past  # first place of the document
+    top = tl.full([BT], NEG_INF, tl.float32)
+    total = tl.zeros([BT], tl.float32)
+    acc = tl.zeros([BT, BD], tl.float32)
+
+    if SLOTS:
+        q_a = tl.load(q + q_at + col_a[None, :], mask=head_ok, other=0.0)
+        q_b = tl.load(q + q_at + col_b[None, :], mask=head_ok, other=0.0)
+        if HAS_SCALE:
+            scale_a = tl.load(slot_q_scale + h * D + col_a, mask=j < D // 2, other=0.0)
+            scale_b = tl.load(slot_q_scale + h * D + col_b, mask=j < D // 2, other=0.0)
+            q_a = (q_a.to(tl.float32) * scale_a[None, :]).to(dtype)
+            q_b = (q_b.to(tl.float32) * scale_b[None, :]).to(dtype)
+        bias2 = 0.0
+        if HAS_BIAS:
+            bias2 = tl.load(slot_bias + h).to(tl.float32) * LOG2E
+        absorbed = (key0 + past - W) * G + g  # the token that row 0 absorbs
+        rows_g2 = g2 + (start * G + g) * M
+        rows_decay = log_decay + absorbed * M
+        rows_k = k + absorbed * D
+        rows_v = v + absorbed * D
+        state_k = states + (tile.to(tl.int64) * G + g) * (M * D)
+        state_v = state_k + total_tiles.to(tl.int64) * (G * M * D)
+        blocks: tl.constexpr = (M + BM - 1) // BM
+        any_visible = t0 + BT > hidden
+        if not MASK_EMPTY:
+            any_visible = t0 >= 0
+        if any_visible:
+            for block in tl.static_range(blocks):
+                m = block * BM + tl.arange(0, BM)
+                m_ok = m < M
+                at = n[:, None] * (G * M) + m[None, :]
+                decay = tl.load(rows_g2 + t0.to(tl.int64) * (G * M) + at, mask=row_ok[:, None] & m_ok[None, :], other=0.0)
+                scores = slot_scores(
+                    q_a, q_b, state_k, rows_k, rows_g2, rows_decay, decay, i, row_ok, t0, length, hidden, m, m_ok, j,
+                    col_a, col_b, G, D, M, BT, BC, PRECISION, DECAY_PRECISION, INTERPRET,
+                )  # fmt: skip
+                scores = scores * scale2 + bias2
+                seen_ok = m_ok[None, :]
+                if MASK_EMPTY:
+                    seen_ok = seen_ok & (i >= hidden)[:, None]
+                scores = tl.where(seen_ok, scores, NEG_INF)
+                best = tl.maximum(top, tl.max(scores, 1))
+                safe = tl.where(best == NEG_INF, 0.0, best)
+                weights = tl.exp2(scores - safe[:, None])
+                read = slot_values(
+                    weights, state_v, rows_v, rows_g2, rows_decay, decay, i, row_ok, t0, length, hidden, m, m_ok, d,
+                    G, D, M, BT, BC, PRECISION, DECAY_PRECISION, INTERPRET,
+                )  # fmt: skip
+                if block == 0:  # nothing is held while the first scores are made
+                    total = tl.sum(weights, 1)
+                    acc = read
+                else:
+                    fade = tl.exp2(top - safe)
+                    total = total * fade + tl.sum(weights, 1)
+                    acc = acc * fade[:, None] + read
+                top = best
+
+    if WINDOW or SINKS:
+        q_a = tl.load(q + q_at + col_a[None, :], mask=head_ok, other=0.0)
+        q_b = tl.load(q + q_at + col_b[None, :], mask=head_ok, other=0.0)
+        if P > 0:
+            turn_row = (doc * 0 if SHARED_COS else key0) + t0 + past
+            cosine, sine = load_turn(cos, sin, turn_row, n, j, row_ok, P)
+            q_a, q_b = turn(q_a.to(tl.float32), q_b.to(tl.float32), cosine, sine)
+            q_a, q_b = q_a.to(dtype), q_b.to(dtype)
+        turned += (key0 * G + g) * D
+        v += (key0 * G + g) * D
+    if SINKS:
+        for s0 in tl.range(0, S, BS, num_stages=1):
+            s = s0 + tl.arange(0, BS)
+            s_ok = s < S
+            at = s[None, :] * (G * D)
+            ok = (j < D // 2)[:, None] & (s_ok & (s < past + length))[None, :]
+            scores = dot(q_a, tl.load(turned + at + col_a[:, None], mask=ok, other=0.0), PRECISION, INTERPRET)
+            scores += dot(q_b, tl.load(turned + at + col_b[:, None], mask=ok, other=0.0), PRECISION, INTERPRET)
+            ok = (s_ok & (s < past + length))[:, None] & (d < D)[None, :]
+            values = tl.load(v + s[:, None] * (G * D) + d[None, :], mask=ok, other=0.0)
+            reached = s_ok[None, :] & (s[None, :] <= i[:, None] + (W + S - hidden))
+            scores = tl.where(reached, scores * scale2, NEG_INF)
+            top, total, acc = softmax_step(top, total, acc, scores, values, PRECISION, INTERPRET)
+    if WINDOW:
+        low = tl.maximum(tl.maximum(t0 + past - W + 1, hidden + past - W), 0)
+        high = tl.minimum(t0 + BT, length) + past
+        for x0 in range(low, high, BN):
+            x = x0 + tl.arange(0, BN)
+            x_ok = x < high
+            at = tl.arange(0, BN)[None, :] * (G * D)
+            base = wide(x0) * (G * D)
+            ok = (j < D // 2)[:, None] & x_ok[None, :]
+            scores = dot(q_a, tl.load(turned + base + at + col_a[:, None], mask=ok, other=0.0), PRECISION, INTERPRET)
+            scores += dot(q_b, tl.load(turned + base + at + col_b[:, None], mask=ok, other=0.0), PRECISION, INTERPRET)
+            ok = x_ok[:, None] & (d < D)[None, :]
+            values = tl.load(v + base + tl.arange(0, BN)[:, None] * (G * D) + d[None, :], mask=ok, other=0.0)
+            age = i[:, None] + past - x[None, :]
+            scores = tl.where((age >= 0) & (age < W) & x_ok[None, :], scores * scale2, NEG_INF)
+            top, total, acc = softmax_step(top, total, acc, scores, values, PRECISION, INTERPRET)
+
+    some = total > 0.0
+    acc = acc * tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)[:, None]
+    o += (row0 * H + h) * D
+    tl.store(o + q_at + d[None, :], acc.to(o.dtype.element_ty), mask=row_ok[:, None] & (d < D)[None, :])
+    tl.store(lse + row0 * H + h + n * H, tl.where(some, (top + tl.log2(total)) * LN2, NEG_INF), mask=row_ok)
