@@ -14,6 +14,7 @@ try:
 except ImportError as missing:
     raise ImportError("the Triton kernels need triton: pip install triton, or use backend='torch'") from missing
 
+from .forward import slot_products
 from .triton_common import (
     FLOOR,
     LOG2E,
@@ -22,12 +23,94 @@ from .triton_common import (
     dot,
     half_columns,
     lifted_writes,
+    load_scale,
     load_turn,
     locate,
     turn,
     wide,
     write_strength,
 )
+
+
+@triton.jit
+def read_keys(
+    grads, faded, state_k, k, g2, log_decay, decay, i, row_ok, t0, length, hidden, m, m_ok, j, col_a, col_b,
+    G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY_PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """What score gradients [BT,BM] read from the slot keys, halves [BT,BH]; `faded` is grads 2^G."""
+    dtype = k.dtype.element_ty
+    at = m[:, None] * D
+    ok = m_ok[:, None] & (j < D // 2)[None, :]
+    acc_a = dot(faded, tl.load(state_k + at + col_a[None, :], mask=ok, other=0.0), PRECISION, INTERPRET)
+    acc_b = dot(faded, tl.load(state_k + at + col_b[None, :], mask=ok, other=0.0), PRECISION, INTERPRET)
+    for first in tl.range(t0, t0 + BT, BC, num_stages=1):
+        write, middle = lifted_writes(g2, log_decay, first, length, hidden, G * M, m, m_ok, BC)
+        token = first + tl.arange(0, BC)
+        fall = tl.where((row_ok & (i >= first))[:, None], tl.exp2(decay - middle[None, :]), 0.0)
+        mixed = dot(grads * fall, tl.trans(write), DECAY_PRECISION, INTERPRET)
+        mixed = tl.where(i[:, None] >= token[None, :], mixed, 0.0).to(dtype)
+        token_ok = ((token >= hidden) & (token < length))[:, None] & (j < D // 2)[None, :]
+        token_at = tl.arange(0, BC)[:, None] * (G * D)
+        base = k + wide(first) * (G * D)
+        acc_a += dot(mixed, tl.load(base + token_at + col_a[None, :], mask=token_ok, other=0.0), PRECISION, INTERPRET)
+        acc_b += dot(mixed, tl.load(base + token_at + col_b[None, :], mask=token_ok, other=0.0), PRECISION, INTERPRET)
+    return acc_a, acc_b
+
+
+@triton.jit
+def slot_block(
+    m, q_a, q_b, grad_a, grad_b, state_k, state_v, k, v, g2, log_decay, slot_weights, slot_grads, decay_grads, log_sum, drop,
+    n, i, row_ok, t0, length, hidden, j, col_a, col_b, scale_a, scale_b, scale, bias2,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    MASK_EMPTY: tl.constexpr, HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr, DECAY_PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Store weights, score gradients and what acts on the running decay, for slots m.
+
+    Returns:
+        what the score gradients read from the slot keys, halves [BT,BH] x 2, and the score gradients' sums [BT].
+    """
+    dtype = k.dtype.element_ty
+    scale2 = scale * LOG2E
+    tile_g2 = g2 + t0.to(tl.int64) * (G * M)
+    tile_decay = log_decay + t0.to(tl.int64) * (G * M)
+    m_ok = m < M
+    keep = row_ok[:, None] & m_ok[None, :]
+    decay = tl.load(tile_g2 + n[:, None] * (G * M) + m[None, :], mask=keep, other=0.0)
+    scores, own_k = slot_products(
+        q_a, q_b, state_k, k, g2, log_decay, decay, i, row_ok, t0, length, hidden, m, m_ok, j, col_a, col_b, scale_a,
+        scale_b, G, D, M, BT, BC, HAS_SCALE, True, PRECISION, DECAY_PRECISION, INTERPRET,
+    )  # fmt: skip
+    tl.debug_barrier()  # one after the other, or the registers do not suffice
+    grads, own_v = slot_products(
+        grad_a, grad_b, state_v, v, g2, log_decay, decay, i, row_ok, t0, length, hidden, m, m_ok, j, col_a, col_b, 1.0,
+        1.0, G, D, M, BT, BC, False, True, PRECISION, DECAY_PRECISION, INTERPRET,
+    )  # fmt: skip
+    ok = keep
+    if MASK_EMPTY:
+        ok = ok & (i >= hidden)[:, None]
+    tl.debug_barrier()
+    absorbs = (row_ok & (i >= hidden))[:, None] & m_ok[None, :]
+    at = n[:, None] * (G * M) + m[None, :]
+    own_write = tl.maximum(tl.load(tile_decay + at, mask=absorbs, other=0.0), FLOOR)
+    own_write = write_strength(own_write)
+    whole = (scores + own_k[:, None] * own_write) * scale2
+    weights = tl.where(ok, tl.exp2(whole + bias2 - log_sum[:, None]), 0.0)
+    whole = weights * (grads + own_v[:, None] * own_write - drop[:, None])
+    at = n[:, None] * (H * M) + m[None, :]
+    share = scores * whole * scale + grads * weights
+    tl.store(decay_grads + at, share.to(decay_grads.dtype.element_ty), mask=keep)
+    grads = whole
+    tl.store(slot_weights + at, weights.to(slot_weights.dtype.element_ty), mask=keep)
+    tl.store(slot_grads + at, grads.to(slot_grads.dtype.element_ty), mask=keep)
+    faded = (grads * tl.exp2(decay)).to(dtype)
+    tl.debug_barrier()
+    read_a, read_b = read_keys(
+        grads, faded, state_k, k, g2, log_decay, decay, i, row_ok, t0, length, hidden, m, m_ok, j, col_a, col_b,
+        G, D, M, BT, BC, PRECISION, DECAY_PRECISION, INTERPRET,
+    )  # fmt: skip
+    return read_a, read_b, tl.sum(grads, 1)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -90,11 +173,9 @@ def query_side(
     if SLOTS:
         q_a = tl.load(q + q_at + col_a[None, :], mask=head_ok, other=0.0)
         q_b = tl.load(q + q_at + col_b[None, :], mask=head_ok, other=0.0)
-        if HAS_SCALE:
-            scale_a = tl.load(slot_q_scale + h * D + col_a, mask=j < D // 2, other=0.0)
-            scale_b = tl.load(slot_q_scale + h * D + col_b, mask=j < D // 2, other=0.0)
-            q_a = (q_a.to(tl.float32) * scale_a[None, :]).to(dtype)
-            q_b = (q_b.to(tl.float32) * scale_b[None, :]).to(dtype)
+        grad_a = tl.load(do + q_at + col_a[None, :], mask=head_ok, other=0.0)
+        grad_b = tl.load(do + q_at + col_b[None, :], mask=head_ok, other=0.0)
+        scale_a, scale_b = load_scale(slot_q_scale + h * D, j, col_a, col_b, D, HAS_SCALE)
         bias2 = 0.0
         if HAS_BIAS:
             bias2 = tl.load(slot_bias + h).to(tl.float32) * LOG2E
@@ -102,80 +183,22 @@ def query_side(
         absorbed = (key0 + past - W) * G + g
         rows_g2 = g2 + (start * G + g) * M
         rows_decay = log_decay + absorbed * M
-        tile_g2 = rows_g2 + t0.to(tl.int64) * (G * M)
-        tile_decay = rows_decay + t0.to(tl.int64) * (G * M)
         rows_k = k + absorbed * D
         rows_v = v + absorbed * D
         state_k = states + (tile.to(tl.int64) * G + g) * (M * D)
         state_v = state_k + total_tiles.to(tl.int64) * (G * M * D)
-        for block in tl.range(0, (M + BM - 1) // BM, num_stages=1):
-            m = block * BM + tl.arange(0, BM)
-            m_ok = m < M
-            keep = row_ok[:, None] & m_ok[None, :]
-            decay = tl.load(tile_g2 + n[:, None] * (G * M) + m[None, :], mask=keep, other=0.0)
-            at = m[None, :] * D
-            half_ok = (j < D // 2)[:, None] & m_ok[None, :]
-            scores = dot(q_a, tl.load(state_k + at + col_a[:, None], mask=half_ok, other=0.0), PRECISION, INTERPRET)
-            scores += dot(q_b, tl.load(state_k + at + col_b[:, None], mask=half_ok, other=0.0), PRECISION, INTERPRET)
-            value_ok = (d < D)[:, None] & m_ok[None, :]
-            values = tl.load(state_v + at + d[:, None], mask=value_ok, other=0.0)
-            grads = dot(grad, values.to(dtype), PRECISION, INTERPRET)
-            scores *= tl.exp2(decay)
-            grads *= tl.exp2(decay)
-            own_k = tl.zeros([BT], tl.float32)  # what a row's own token adds is kept apart: no decay acts on it
-            own_v = tl.zeros([BT], tl.float32)
-            for first in tl.range(t0, t0 + BT, BC, num_stages=1):
-                write, middle = lifted_writes(rows_g2, rows_decay, first, length, hidden, G * M, m, m_ok, BC)
-                token = first + tl.arange(0, BC)
-                token_ok = (token >= hidden) & (token < length)
-                fall = tl.where((row_ok & (i >= first))[:, None], tl.exp2(decay - middle[None, :]), 0.0)
-                before = i[:, None] > token[None, :]
-                same = i[:, None] == token[None, :]
-                token_at = tl.arange(0, BC)[None, :] * (G * D)
-                token_k = rows_k + wide(first) * (G * D)
-                token_v = rows_v + wide(first) * (G * D)
-                pair_ok = token_ok[None, :] & (j < D // 2)[:, None]
-                pairs = dot(q_a, tl.load(token_k + token_at + col_a[:, None], mask=pair_ok, other=0.0), PRECISION, INTERPRET)
-                pairs += dot(q_b, tl.load(token_k + token_at + col_b[:, None], mask=pair_ok, other=0.0), PRECISION, INTERPRET)
-                own_k += tl.sum(tl.where(same, pairs, 0.0), 1)
-                scores += dot(tl.where(before, pairs, 0.0), write, DECAY_PRECISION, INTERPRET) * fall
-                pair_ok = token_ok[None, :] & (d < D)[:, None]
-                pairs = dot(grad, tl.load(token_v + token_at + d[:, None], mask=pair_ok, other=0.0), PRECISION, INTERPRET)
-                own_v += tl.sum(tl.where(same, pairs, 0.0), 1)
-                grads += dot(tl.where(before, pairs, 0.0), write, DECAY_PRECISION, INTERPRET) * fall
-            ok = keep
-            if MASK_EMPTY:
-                ok = ok & (i >= hidden)[:, None]
-            absorbs = (row_ok & (i >= hidden))[:, None] & m_ok[None, :]
-            at = n[:, None] * (G * M) + m[None, :]
-            own_write = tl.maximum(tl.load(tile_decay + at, mask=absorbs, other=0.0), FLOOR)
-            own_write = write_strength(own_write)
-            whole = (scores + own_k[:, None] * own_write) * scale2
-            weights = tl.where(ok, tl.exp2(whole + bias2 - log_sum[:, None]), 0.0)
-            whole = weights * (grads + own_v[:, None] * own_write - drop[:, None])
-            at = n[:, None] * (H * M) + m[None, :]
-            share = scores * whole * scale + grads * weights
-            tl.store(decay_grads + at, share.to(decay_grads.dtype.element_ty), mask=keep)
-            grads = whole
-            tl.store(slot_weights + at, weights.to(slot_weights.dtype.element_ty), mask=keep)
-            tl.store(slot_grads + at, grads.to(slot_grads.dtype.element_ty), mask=keep)
-            bias_sum += tl.sum(grads, 1)
-            faded = (grads * tl.exp2(decay)).to(dtype)
-            at = m[:, None] * D
-            half_ok = m_ok[:, None] & (j < D // 2)[None, :]
-            acc_a += dot(faded, tl.load(state_k + at + col_a[None, :], mask=half_ok, other=0.0), PRECISION, INTERPRET)
-            acc_b += dot(faded, tl.load(state_k + at + col_b[None, :], mask=half_ok, other=0.0), PRECISION, INTERPRET)
-            for first in tl.range(t0, t0 + BT, BC, num_stages=1):
-                write, middle = lifted_writes(rows_g2, rows_decay, first, length, hidden, G * M, m, m_ok, BC)
-                token = first + tl.arange(0, BC)
-                fall = tl.where((row_ok & (i >= first))[:, None], tl.exp2(decay - middle[None, :]), 0.0)
-                mixed = dot(grads * fall, tl.trans(write), DECAY_PRECISION, INTERPRET)
-                mixed = tl.where(i[:, None] >= token[None, :], mixed, 0.0).to(dtype)
-                pair_ok = ((token >= hidden) & (token < length))[:, None] & (j < D // 2)[None, :]
-                token_at = tl.arange(0, BC)[:, None] * (G * D)
-                token_k = rows_k + wide(first) * (G * D)
-                acc_a += dot(mixed, tl.load(token_k + token_at + col_a[None, :], mask=pair_ok, other=0.0), PRECISION, INTERPRET)
-                acc_b += dot(mixed, tl.load(token_k + token_at + col_b[None, :], mask=pair_ok, other=0.0), PRECISION, INTERPRET)
+        for block in tl.static_range((M + BM - 1) // BM):
+            read_a, read_b, sums = slot_block(
+                block * BM + tl.arange(0, BM), q_a, q_b, grad_a, grad_b, state_k, state_v, rows_k, rows_v, rows_g2, rows_decay,
+                slot_weights, slot_grads, decay_grads, log_sum, drop, n, i, row_ok, t0, length, hidden, j, col_a,
+                col_b, scale_a, scale_b, scale, bias2, H, G, D, M, BT, BC, MASK_EMPTY, HAS_SCALE, PRECISION, DECAY_PRECISION, INTERPRET,
+            )  # fmt: skip
+            bias_sum += sums
+            if block == 0:  # nothing is held while the first scores are made
+                acc_a, acc_b = read_a, read_b
+            else:
+                acc_a += read_a
+                acc_b += read_b
         if HAS_BIAS:
             tl.store(part_bias + tile.to(tl.int64) * H + h, tl.sum(bias_sum, 0))
         if HAS_SCALE:
@@ -184,12 +207,12 @@ def query_side(
             at = part_scale + (tile.to(tl.int64) * H + h) * D
             tl.store(at + col_a, tl.sum(acc_a * raw_a, 0) * scale, mask=j < D // 2)
             tl.store(at + col_b, tl.sum(acc_b * raw_b, 0) * scale, mask=j < D // 2)
-            scale_a = tl.load(slot_q_scale + h * D + col_a, mask=j < D // 2, other=0.0)
-            scale_b = tl.load(slot_q_scale + h * D + col_b, mask=j < D // 2, other=0.0)
             acc_a *= scale_a[None, :]
             acc_b *= scale_b[None, :]
 
     if WINDOW or SINKS:
+        if SLOTS:
+            tl.debug_barrier()  # as in the forward pass
         q_a = tl.load(q + q_at + col_a[None, :], mask=head_ok, other=0.0)
         q_b = tl.load(q + q_at + col_b[None, :], mask=head_ok, other=0.0)
         turn_row = (doc * 0 if SHARED_COS else key0) + t0 + past
@@ -198,6 +221,7 @@ def query_side(
             q_a, q_b = turn(q_a.to(tl.float32), q_b.to(tl.float32), cosine, sine)
             q_a, q_b = q_a.to(dtype), q_b.to(dtype)
             acc_a, acc_b = turn(acc_a, acc_b, cosine, sine)
+        grad = tl.load(do + full_at, mask=full_ok, other=0.0)
         turned += (key0 * G + g) * D
         v += (key0 * G + g) * D
     if SINKS:

@@ -135,9 +135,9 @@ def key_side(
                         fall, rise = own_rise(g2, decay, n, row_ok, first, length - t0, m, m_ok, G * M, BC)
                         mix += dot(write * rise, tl.trans(grads * fall), DECAY_PRECISION, INTERPRET)
                     mix = tl.where(before, mix, 0.0).to(dtype)
-                    ok = row_ok[:, None] & (j < D // 2)[None, :]
-                    q_a = tl.load(q + head * D + n[:, None] * (H * D) + col_a[None, :], mask=ok, other=0.0)
-                    q_b = tl.load(q + head * D + n[:, None] * (H * D) + col_b[None, :], mask=ok, other=0.0)
+                    rows_ok = row_ok[:, None] & (j < D // 2)[None, :]
+                    q_a = tl.load(q + head * D + n[:, None] * (H * D) + col_a[None, :], mask=rows_ok, other=0.0)
+                    q_b = tl.load(q + head * D + n[:, None] * (H * D) + col_b[None, :], mask=rows_ok, other=0.0)
                     if HAS_SCALE:
                         factor = slot_q_scale + (g * R + r) * D
                         scale_a = tl.load(factor + col_a, mask=j < D // 2, other=0.0)
@@ -153,8 +153,8 @@ def key_side(
                         fall, rise = own_rise(g2, decay, n, row_ok, first, length - t0, m, m_ok, G * M, BC)
                         mix += dot(write * rise, tl.trans(weights * fall), DECAY_PRECISION, INTERPRET)
                     mix = tl.where(before, mix, 0.0).to(dtype)
-                    ok = row_ok[:, None] & (d < D)[None, :]
-                    grad = tl.load(do + head * D + n[:, None] * (H * D) + d[None, :], mask=ok, other=0.0)
+                    grad_ok = row_ok[:, None] & (d < D)[None, :]
+                    grad = tl.load(do + head * D + n[:, None] * (H * D) + d[None, :], mask=grad_ok, other=0.0)
                     acc_v += dot(mix, grad, PRECISION, INTERPRET)
 
     if WINDOW:

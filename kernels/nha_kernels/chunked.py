@@ -19,7 +19,7 @@ from .gates import LOG_DECAY_FLOOR
 from .rotary import rotate, rotate_into
 from .rows import Rows, by_document, by_mask
 from .segments import Inputs, Plan
-from .state import NHAState
+from .state import NHAState, ring_ranks
 from .tiles import TILE
 
 WORKSPACE = {"cpu": 2_400_000}  # scores held at once: what caches hold, more elsewhere
@@ -93,16 +93,16 @@ def _run(
     slot_bias: torch.Tensor | None,
     branch: str,
 ) -> tuple[torch.Tensor, torch.Tensor | None, NHAState | None]:
-    """Rows whose real tokens come first, `lengths` [B] of them (None: all); long calls without gradient piece by piece,
+    """Rows whose real tokens come first, `lengths` [B] of them (None: all).
 
-    so that what a piece makes is reused from caches and from the allocator.
+    Long calls without gradient go piece by piece, so that what a piece makes stays in caches and with the allocator.
     """
     settings = (window, sinks, scale, slot_q_scale, slot_bias, mask_empty, branch)
     call = _Call(tokens, lengths, state, *settings)
     if call.plain and not return_lse:
         return call.softmax_attention(), None, call.final_state(None, kept) if output_final_state else None
-    step = max(PIECE // call.batch, 4 * call.window) // TILE * TILE
-    if call.differentiable() or call.time < 2 * step:
+    step = max(PIECE // call.batch, 4 * call.window, 8 * TILE) // TILE * TILE
+    if call.differentiable() or call.time <= step:
         o, lse, slots = call.attend(output_final_state)
         return o.flatten(2, 3), lse, call.final_state(slots, kept) if output_final_state else None
 
@@ -332,9 +332,7 @@ class _Call:
         tensors = {"seen": end.expand(self.batch).clone()}
         if slots is not None:
             tensors["slot_k"], tensors["slot_v"] = slots
-        place = torch.arange(self.full_window + 1, device=self.q.device)
-        rank = end[:, None] - 1 - (end[:, None] - 1 - place).remainder(self.full_window + 1)
-        held = (rank >= end[:, None] - self.full_window) & (rank >= self.sinks)
+        rank, held = ring_ranks(end, self.full_window, self.sinks)
         past = 0 if self.state is None else self.window
         at = (rank - self.seen[:, None] + past).clamp(0, self.time + past - 1).expand(self.batch, -1)
         reached = torch.arange(self.sinks, device=self.q.device) < end[:, None]

@@ -18,6 +18,8 @@ from .adjoint import gradients
 from .segments import EMPTY, Group, Inputs, Plan
 from .tiles import fade, mix, tile_scores
 
+FUSED = ("cpu",)  # devices on which PyTorch's own fused attention takes sinks and window
+
 
 def _attend(g: Group, segment: slice, o: torch.Tensor, lse: torch.Tensor) -> None:
     """Write output [n,t*R,D] and lse [n,t*R] of a segment into [n,T*R,..]."""
@@ -49,7 +51,7 @@ def _exact(g: Group, segment: slice, like: torch.Tensor) -> tuple[torch.Tensor, 
     """Output [n,t*R,D] and lse [n,t*R] of a segment over window and sinks alone; 0 and -inf where there are none."""
     if not g.plan.attend_exact:
         return torch.zeros_like(like), torch.full(like.shape[:2], float("-inf"), dtype=like.dtype, device=like.device)
-    if like.device.type == "cpu":
+    if like.device.type in FUSED:
         queries, keys, values, mask = g.exact_keys(segment)
         out, top = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, keys, values, attn_mask=mask, scale=g.plan.scale

@@ -96,9 +96,10 @@ def _steady_step(
     slot_bias: torch.Tensor | None,
     branch: str,
 ) -> torch.Tensor:
-    """`decode_step` where every row takes in the token of the same rank >= W + S: one token is absorbed, nothing masked
+    """`decode_step` where every row takes in the token of the same rank >= W + S.
 
-    but the ring place it leaves. Few operations, because at one token their number is the cost.
+    A token is absorbed, and nothing is masked but the ring place that it leaves. Few operations: at one token their
+    number is the cost.
     """
     batch, _, heads, dim = q.shape
     groups, exact, window, sinks = k.shape[2], state.slot_k.dtype, state.window, state.sinks

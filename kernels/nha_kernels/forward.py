@@ -19,8 +19,10 @@ from .triton_common import (
     dot,
     half_columns,
     lifted_writes,
+    load_scale,
     load_turn,
     locate,
+    scaled,
     softmax_step,
     turn,
     wide,
@@ -28,29 +30,42 @@ from .triton_common import (
 
 
 @triton.jit
-def slot_scores(
-    q_a, q_b, state_k, k, g2, log_decay, decay, i, row_ok, t0, length, hidden, m, m_ok, j, col_a, col_b,
-    G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
-    DECAY_PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+def slot_products(
+    x_a, x_b, state, tokens, g2, log_decay, decay, i, row_ok, t0, length, hidden, m, m_ok, j, col_a, col_b, scale_a,
+    scale_b, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    HAS_SCALE: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr, DECAY_PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Products of queries with slots [BT,BM] as each row finds them, without scale and bias."""
+    """Products of rows x (halves) with slots [BT,BM] as each row finds them; of queries with keys, unscaled scores.
+
+    APART leaves out what a row's own token writes, and gives its product with the row [BT] beside it (else 0): no
+    decay acts on it, and in the gradient of the decay its two halves would only cancel.
+    """
     at = m[None, :] * D
     ok = (j < D // 2)[:, None] & m_ok[None, :]
-    scores = dot(q_a, tl.load(state_k + at + col_a[:, None], mask=ok, other=0.0), PRECISION, INTERPRET)
-    scores += dot(q_b, tl.load(state_k + at + col_b[:, None], mask=ok, other=0.0), PRECISION, INTERPRET)
-    scores *= tl.exp2(decay)
+    held = scaled(tl.load(state + at + col_a[:, None], mask=ok, other=0.0), scale_a, HAS_SCALE)
+    out = dot(x_a, held, PRECISION, INTERPRET)
+    held = scaled(tl.load(state + at + col_b[:, None], mask=ok, other=0.0), scale_b, HAS_SCALE)
+    out += dot(x_b, held, PRECISION, INTERPRET)
+    out *= tl.exp2(decay)
+    own = tl.zeros([BT], tl.float32)
     for first in tl.range(t0, t0 + BT, BC, num_stages=1):
         write, middle = lifted_writes(g2, log_decay, first, length, hidden, G * M, m, m_ok, BC)
-        token = first + tl.arange(0, BC)
-        token_ok = ((token >= hidden) & (token < length))[None, :] & (j < D // 2)[:, None]
-        token_at = tl.arange(0, BC)[None, :] * (G * D)
-        base = k + wide(first) * (G * D)
-        pairs = dot(q_a, tl.load(base + token_at + col_a[:, None], mask=token_ok, other=0.0), PRECISION, INTERPRET)
-        pairs += dot(q_b, tl.load(base + token_at + col_b[:, None], mask=token_ok, other=0.0), PRECISION, INTERPRET)
-        pairs = tl.where(i[:, None] >= token[None, :], pairs, 0.0)
+        n = tl.arange(0, BC)
+        token_ok = ((first + n >= hidden) & (first + n < length))[None, :] & (j < D // 2)[:, None]
+        token = tokens + wide(first) * (G * D) + n[None, :] * (G * D)
+        x = scaled(tl.load(token + col_a[:, None], mask=token_ok, other=0.0), scale_a, HAS_SCALE)
+        pairs = dot(x_a, x, PRECISION, INTERPRET)
+        x = scaled(tl.load(token + col_b[:, None], mask=token_ok, other=0.0), scale_b, HAS_SCALE)
+        pairs += dot(x_b, x, PRECISION, INTERPRET)
+        if APART:
+            own += tl.sum(tl.where(i[:, None] == (first + n)[None, :], pairs, 0.0), 1)
+            pairs = tl.where(i[:, None] > (first + n)[None, :], pairs, 0.0)
+        else:
+            pairs = tl.where(i[:, None] >= (first + n)[None, :], pairs, 0.0)
         fall = tl.where((row_ok & (i >= first))[:, None], tl.exp2(decay - middle[None, :]), 0.0)
-        scores += dot(pairs, write, DECAY_PRECISION, INTERPRET) * fall
-    return scores
+        out += dot(pairs, write, DECAY_PRECISION, INTERPRET) * fall
+    return out, own
 
 
 @triton.jit
@@ -115,11 +130,7 @@ def attend(
     if SLOTS:
         q_a = tl.load(q + q_at + col_a[None, :], mask=head_ok, other=0.0)
         q_b = tl.load(q + q_at + col_b[None, :], mask=head_ok, other=0.0)
-        if HAS_SCALE:
-            scale_a = tl.load(slot_q_scale + h * D + col_a, mask=j < D // 2, other=0.0)
-            scale_b = tl.load(slot_q_scale + h * D + col_b, mask=j < D // 2, other=0.0)
-            q_a = (q_a.to(tl.float32) * scale_a[None, :]).to(dtype)
-            q_b = (q_b.to(tl.float32) * scale_b[None, :]).to(dtype)
+        scale_a, scale_b = load_scale(slot_q_scale + h * D, j, col_a, col_b, D, HAS_SCALE)
         bias2 = 0.0
         if HAS_BIAS:
             bias2 = tl.load(slot_bias + h).to(tl.float32) * LOG2E
@@ -140,9 +151,10 @@ def attend(
                 m_ok = m < M
                 at = n[:, None] * (G * M) + m[None, :]
                 decay = tl.load(rows_g2 + t0.to(tl.int64) * (G * M) + at, mask=row_ok[:, None] & m_ok[None, :], other=0.0)
-                scores = slot_scores(
+                scores, own = slot_products(
                     q_a, q_b, state_k, rows_k, rows_g2, rows_decay, decay, i, row_ok, t0, length, hidden, m, m_ok, j,
-                    col_a, col_b, G, D, M, BT, BC, PRECISION, DECAY_PRECISION, INTERPRET,
+                    col_a, col_b, scale_a, scale_b, G, D, M, BT, BC, HAS_SCALE, False,
+                    PRECISION, DECAY_PRECISION, INTERPRET,
                 )  # fmt: skip
                 scores = scores * scale2 + bias2
                 seen_ok = m_ok[None, :]
@@ -166,6 +178,8 @@ def attend(
                 top = best
 
     if WINDOW or SINKS:
+        if SLOTS:
+            tl.debug_barrier()  # keeps the compiler from loading what follows while the slots fill the registers
         q_a = tl.load(q + q_at + col_a[None, :], mask=head_ok, other=0.0)
         q_b = tl.load(q + q_at + col_b[None, :], mask=head_ok, other=0.0)
         if P > 0:

@@ -6,17 +6,19 @@ P rotary dims, N documents.
 
 from __future__ import annotations
 
-import os
+from dataclasses import fields
 from typing import Any
 
 import torch
 
+from .backends import choose_backend, triton_step
 from .chunked import nha_chunked
 from .decode_torch import decode_step
+from .library import chunked_attention, decode
 from .reference import nha_recurrent
 from .state import NHAState
+from .tiled import nha_tiled
 
-BACKENDS = ("auto", "torch", "reference", "triton")
 BRANCHES = ("both", "window", "slots")
 
 
@@ -53,7 +55,8 @@ def nha_attention(
         log_decay: [B,T,G,M] natural log of the slot decay, <= 0;
             values under `gates.LOG_DECAY_FLOOR` count as the floor.
         window: W, exact tokens each query sees, itself included; 0 is a pure linear RNN.
-        cos, sin: [B or 1,T,P] rotary factors of these tokens, P <= D; None rotates nothing. The slots see no rotation.
+        cos, sin: [B or 1,T,P] rotary factors of these tokens, P <= D, as transformers' rotary modules return them (their
+            second half repeats the first); None rotates nothing. The slots see no rotation.
         sinks: S, first tokens of a row that stay exact keys for ever and are never absorbed.
         scale: of all scores; None is D ** -0.5.
         mask_empty: leave the slots out of the softmax until they hold something; False gives each of them e^bias.
@@ -65,42 +68,80 @@ def nha_attention(
         output_final_state: also return what a later call needs.
         branch: "both"; "window" (slots left out); "slots" (window and sinks left out).
         return_lse: also return the log of the softmax denominator.
-        backend: "auto", "torch" or "reference" (fp64 recurrence); the environment variable NHA_BACKEND overrides it.
+        backend: "auto" (Triton on a GPU, else PyTorch), "triton", "torch" or "reference" (fp64 recurrence); the
+            environment variable NHA_BACKEND overrides it.
     Returns:
         (o, final) with o [B,T,H,D] in q.dtype and final an NHAState or None; with return_lse (o, lse, final),
         lse [B,T,H] (-inf where nothing may be seen; there o is 0).
     Raises:
         ValueError: shapes, head groups, sizes or the state disagree; the message names both sides.
-        RuntimeError: the backend is not available.
+        RuntimeError: the backend was asked for by name and cannot run here.
     Source: arXiv 2510.07019, section 3. Reference: reference.nha_recurrent.
     """
     _check_inputs(q, k, v, log_decay, window, cos, sin, sinks, slot_q_scale, slot_bias, branch)
     rows = _check_rows(q, padding_mask, cu_seqlens)
     if initial_state is not None:
         _check_state(initial_state, rows, k, log_decay, window, sinks, cos)
-    run = nha_recurrent if _backend(backend) == "reference" else nha_chunked
-    extra = {} if run is nha_recurrent else {"output_final_state": output_final_state, "return_lse": return_lse}
-    o, lse, final = run(
+    chosen = choose_backend(backend, q, log_decay)
+    options: dict[str, Any] = {
+        "window": window,
+        "sinks": sinks,
+        "cos": cos,
+        "sin": sin,
+        "scale": scale,
+        "mask_empty": mask_empty,
+        "slot_q_scale": slot_q_scale,
+        "slot_bias": slot_bias,
+        "padding_mask": padding_mask,
+        "cu_seqlens": cu_seqlens,
+        "initial_state": initial_state,
+        "branch": branch,
+    }
+    if chosen == "reference":
+        o, lse, final = nha_recurrent(q, k, v, log_decay, **options)
+        final = final if output_final_state else None
+    else:
+        options |= {"output_final_state": output_final_state, "return_lse": return_lse}
+        if chosen == "triton":
+            o, lse, final = nha_tiled(q, k, v, log_decay, by_name=backend != "auto", **options)
+        elif torch.compiler.is_compiling():
+            o, lse, final = _compiled_chunked(q, k, v, log_decay, **options)
+        else:
+            o, lse, final = nha_chunked(q, k, v, log_decay, **options)
+    o = o.to(q.dtype)
+    return (o, lse, final) if return_lse else (o, final)
+
+
+def _compiled_chunked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    *,
+    initial_state: NHAState | None,
+    scale: float | None,
+    output_final_state: bool,
+    return_lse: bool,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None, NHAState | None]:
+    """`nha_chunked` as one operator, which a compiler does not look into."""
+    held = [] if initial_state is None else list(initial_state.tensors().values())
+    o, lse, *after = chunked_attention(
         q,
         k,
         v,
         log_decay,
-        window=window,
-        cos=cos,
-        sin=sin,
-        sinks=sinks,
-        scale=scale,
-        mask_empty=mask_empty,
-        slot_q_scale=slot_q_scale,
-        slot_bias=slot_bias,
-        padding_mask=padding_mask,
-        cu_seqlens=cu_seqlens,
-        initial_state=initial_state,
-        branch=branch,
-        **extra,
+        held=held,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        output_final=output_final_state,
+        **options,
     )
-    o, final = o.to(q.dtype), final if output_final_state else None
-    return (o, lse, final) if return_lse else (o, final)
+    state = None
+    if output_final_state:
+        names = [f.name for f in fields(NHAState)][: len(after)]
+        sizes = {"window": options["window"], "sinks": options["sinks"]}
+        state = NHAState(**dict(zip(names, after, strict=True)), **sizes)
+    return o, lse if return_lse else None, state
 
 
 def nha_decode(
@@ -134,14 +175,14 @@ def nha_decode(
         o [B,1,H,D] in q.dtype.
     Raises:
         ValueError: shapes or the state disagree, or there is more than one token.
-        RuntimeError: the backend is not available.
+        RuntimeError: the backend was asked for by name and cannot run here.
     Reference: reference.nha_recurrent.
     """
     _check_inputs(q, k, v, log_decay, state.window, cos, sin, state.sinks, slot_q_scale, slot_bias, branch)
     if q.shape[1] != 1:
         raise ValueError(f"nha_decode takes one token, got q {tuple(q.shape)}; use nha_attention with initial_state")
     _check_state(state, _check_rows(q, padding_mask, None), k, log_decay, state.window, state.sinks, cos)
-    if state.slot_k.is_inference() and not torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling() and state.slot_k.is_inference() and not torch.is_inference_mode_enabled():
         for name, x in state.tensors().items():  # made under inference_mode, and may not be written outside it
             setattr(state, name, x.clone())
     options: dict[str, Any] = {
@@ -152,24 +193,23 @@ def nha_decode(
         "slot_q_scale": slot_q_scale,
     }
     options |= {"slot_bias": slot_bias, "padding_mask": padding_mask, "branch": branch}
+    chosen = choose_backend(backend, q, log_decay)
     with torch.no_grad():
-        if _backend(backend) != "reference":
-            return decode_step(q, k, v, log_decay, state, **options)
+        if torch.compiler.is_compiling() and chosen != "reference":
+            held = list(state.tensors().values())
+            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            return decode(
+                q, k, v, log_decay, held, cos, sin, slot_q_scale, slot_bias, padding_mask, state.window, state.sinks,
+                scale, mask_empty, branch, chosen,
+            )  # fmt: skip
+        if chosen != "reference":
+            step = triton_step() if chosen == "triton" else decode_step
+            return step(q, k, v, log_decay, state, **options)
         options |= {"window": state.window, "sinks": state.sinks, "initial_state": state}
         o, _, final = nha_recurrent(q, k, v, log_decay, **options)
         for name, x in state.tensors().items():
             x.copy_(final.tensors()[name])
         return o.to(q.dtype)
-
-
-def _backend(backend: str) -> str:
-    """The backend to run; NHA_BACKEND goes before the argument."""
-    name = os.environ.get("NHA_BACKEND") or backend
-    if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} is unknown; use one of {', '.join(BACKENDS)}")
-    if name == "triton":
-        raise RuntimeError("backend 'triton' is not available in this version; use 'auto' or 'torch'")
-    return name
 
 
 def _shape(x: torch.Tensor) -> str:
@@ -240,6 +280,8 @@ def _check_rows(q: torch.Tensor, padding_mask: torch.Tensor | None, cu_seqlens: 
         raise ValueError(f"cu_seqlens needs documents packed into one row, got q {_shape(q)}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
         raise ValueError(f"cu_seqlens must be integers [N+1], got {cu_seqlens.dtype} {_shape(cu_seqlens)}")
+    if torch.compiler.is_compiling():
+        return len(cu_seqlens) - 1  # its values are not known yet
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != time or bool((cu_seqlens.diff() < 0).any()):
         raise ValueError(f"cu_seqlens must rise from 0 to {time}, got {cu_seqlens.tolist()}")
     return len(cu_seqlens) - 1

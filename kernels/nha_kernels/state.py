@@ -145,3 +145,17 @@ class NHAState:
         """One state of all rows of `states`, which agree in everything else."""
         names = states[0].tensors()
         return states[0].with_tensors({name: torch.cat([s.tensors()[name] for s in states]) for name in names})
+
+
+def ring_ranks(end: torch.Tensor, window: int, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which token stands at every place of a ring.
+
+    Args:
+        end: [B or 1] tokens seen.
+        window, sinks: of the state.
+    Returns:
+        rank [B or 1, window + 1] of the newest token at each place, and whether it is one that the ring holds.
+    """
+    place = torch.arange(window + 1, device=end.device)
+    rank = end[:, None] - 1 - (end[:, None] - 1 - place).remainder(window + 1)
+    return rank, (rank >= end[:, None] - window) & (rank >= sinks)

@@ -6,7 +6,7 @@ P rotary dims, S sinks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -42,20 +42,28 @@ def power_of_two(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def choose_tiling(dim: int, slots: int, dtype: torch.dtype, arch: str = "") -> Tiling:
-    """Block sizes for a problem.
+def choose_tiling(dim: int, slots: int, dtype: torch.dtype, arch: str = "", backward: bool = False) -> Tiling:
+    """Block sizes for a problem, chosen by what compiles without spills (kernels/bench/results/compile.md).
 
     Args:
         dim: head_dim.
         slots: M.
         dtype: of q, k, v.
         arch: "sm_80", "sm_90", ..., "gfx942"; empty in the interpreter.
-    Returns:
-        Sizes that compile without large spills (kernels/bench/results/compile.md).
+        backward: of the backward pass, which recomputes its own tile states.
     """
     block = min(64, power_of_two(slots))
+    wide = power_of_two(dim) > 128 or dtype == torch.float32
     out = Tiling(slots=block, gate_slots=min(32, block), scan_dims=min(64, power_of_two(dim)))
-    return out
+    if not arch:
+        return replace(out, rows=32, keys=32)
+    if wide:
+        return replace(out, rows=32, keys=32, slots=min(32, block), gate_slots=16, warps=(8, 8, 8, 8))
+    if not backward:
+        return replace(out, warps=(8 if slots > 64 or arch < "sm_9" and arch[0] == "s" else 4, 4, 4, 4))
+    if arch in ("sm_90", "sm_100", "sm_103"):
+        return replace(out, keys=32 if arch == "sm_90" else 64, warps=(4, 8, 8, 8))
+    return replace(out, rows=32, keys=32)
 
 
 @lru_cache(maxsize=8)
@@ -107,14 +115,16 @@ class Tensors:
 class TileCall:
     """One prefill call: allocates scratch, launches forward and backward kernels."""
 
-    def __init__(self, x: Tensors, options: Options, documents: int, tiling: Tiling | None = None) -> None:
+    def __init__(
+        self, x: Tensors, options: Options, documents: int, tiling: Tiling | None = None, backward: bool = False
+    ) -> None:
         self.x, self.options, self.documents = x, options, documents
         self.rows, self.heads, self.dim = x.q.shape
         self.groups, self.slots = x.log_decay.shape[1:]
         self.rotary = 0 if x.cos is None else x.cos.shape[1]
         self.time = self.rows if x.starts is not None else self.rows // documents
         arch, self.processors = _arch(x.q.device)
-        self.tiling = tiling or choose_tiling(self.dim, self.slots, x.q.dtype, arch)
+        self.tiling = tiling or choose_tiling(self.dim, self.slots, x.q.dtype, arch, backward)
         self.shared_cos = x.cos is not None and x.cos.shape[0] != x.k.shape[0]
         self.per_doc = self.time + options.past
         self.tiles, self.total_tiles, self.maps = self._map(0)
@@ -270,7 +280,7 @@ class TileCall:
         more, total, key_maps = self._map(o.window)
         maps = (*key_maps[:2], self.maps[2], *key_maps[2:])
         shared = (_or(x.seen, x.k), self.time, more, self.tiles, self.total_tiles)
-        made = torch.empty_like if o.past == 0 else torch.zeros_like
+        made = torch.empty_like if o.past == 0 and x.starts is None else torch.zeros_like
         dk = dv = None
         flags = self._attention_flags()
         if need_keys:
@@ -309,7 +319,7 @@ class TileCall:
             return make(*shape, device=device) if wanted else lse
 
         kept = QuerySide(
-            dq=torch.empty_like(x.q),
+            dq=torch.empty_like(x.q) if x.starts is None else torch.zeros_like(x.q),
             weights=self._empty(self.rows, self.heads, self.slots, dtype=x.q.dtype) if o.slots else x.q,
             grads=self._empty(self.rows, self.heads, self.slots, dtype=x.q.dtype) if o.slots else x.q,
             decay=self._empty(self.rows, self.heads, self.slots, dtype=x.q.dtype) if o.slots else x.q,

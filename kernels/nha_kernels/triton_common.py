@@ -87,6 +87,24 @@ def turn(a, b, c, s):
 
 
 @triton.jit
+def load_scale(slot_q_scale, j, col_a, col_b, D: tl.constexpr, HAS_SCALE: tl.constexpr):
+    """One head's slot_q_scale, halves [BH]."""
+    a, b = 1.0, 1.0
+    if HAS_SCALE:
+        a = tl.load(slot_q_scale + col_a, mask=j < D // 2, other=0.0)
+        b = tl.load(slot_q_scale + col_b, mask=j < D // 2, other=0.0)
+    return a, b
+
+
+@triton.jit
+def scaled(keys, scale, HAS_SCALE: tl.constexpr):
+    """Keys [BH,...] times slot_q_scale, which so leaves the queries as they are loaded."""
+    if HAS_SCALE:
+        keys = (keys.to(tl.float32) * scale[:, None]).to(keys.dtype)
+    return keys
+
+
+@triton.jit
 def locate(tile, starts, lengths, first_tile, tile_doc, seen, T, tiles, W, S, RAGGED: tl.constexpr, SEEN: tl.constexpr):
     """Document, tile in it, its first query row, its length, and the first row that absorbs, of a program's tile."""
     if RAGGED:

@@ -1,0 +1,78 @@
+"""Which implementation runs a call."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def choose_backend(backend: str, q: torch.Tensor, log_decay: torch.Tensor) -> str:
+    """The backend to run: "triton", "torch" or "reference".
+
+    Args:
+        backend: one of `BACKENDS`; the environment variable NHA_BACKEND goes before it.
+        q: [B,T,H,D]
+        log_decay: [B,T,G,M]
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: "triton" was asked for by name and cannot run this call; "auto" falls back with one warning.
+    """
+    name = os.environ.get("NHA_BACKEND") or backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r} is unknown; use one of {', '.join(BACKENDS)}")
+    if name not in ("auto", "triton") or (name == "auto" and q.device.type != "cuda"):
+        return "torch" if name == "auto" else name
+    reason = _obstacle(q.device.type, q.dtype, q.shape[-1], q.shape[2] // log_decay.shape[2], log_decay.shape[3])
+    if not reason:
+        return "triton"
+    if name == "triton":
+        raise RuntimeError(f"backend 'triton' cannot run this: {reason}; use backend='auto' or 'torch'")
+    _warn_once(reason)
+    return "torch"
+
+
+def _obstacle(device: str, dtype: torch.dtype, dim: int, repeat: int, slots: int) -> str:
+    """What keeps the Triton kernels from running a call; empty if nothing does."""
+    if not _has_triton():
+        return "triton is not installed (pip install triton)"
+    if device != "cuda" and not _interpreting():
+        return f"its tensors are on {device}, Triton needs a GPU (or TRITON_INTERPRET=1, for tests)"
+    if dtype not in DTYPES:
+        return f"its dtype is {dtype}, allowed are fp32, bf16 and fp16"
+    if dim % 2 or not 16 <= dim <= 256:
+        return f"its head_dim is {dim}, allowed are even sizes from 16 to 256"
+    if not 8 <= slots <= 256:
+        return f"it has {slots} slots, allowed are 8 to 256"
+    if repeat > 16:
+        return f"it has {repeat} query heads per key head, allowed are up to 16"
+    return ""
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@lru_cache(maxsize=1)
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@lru_cache(maxsize=16)
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"NHA runs in PyTorch, not in Triton: {reason}", RuntimeWarning, stacklevel=3)
+
+
+def triton_step() -> Callable[..., torch.Tensor]:
+    """`decode_triton.decode_step_triton`; imported when it is wanted, for a machine may lack triton."""
+    from .decode_triton import decode_step_triton
+
+    return decode_step_triton

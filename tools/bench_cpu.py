@@ -1,0 +1,295 @@
+"""Measure NHA on the CPU against the teacher with its KV cache; write kernels/bench/results/cpu.json and cpu.md.
+
+    python tools/bench_cpu.py                                                      Qwen2.5-0.5B's shapes (20 minutes)
+    python tools/bench_cpu.py --tokens 512 --layers 2 --vocabulary 1000 --contexts 128 1024 --out /tmp/cpu    seconds
+
+A randomly initialised model of those shapes is converted in memory, so that every layer is NHA; the teacher is the same
+model in teacher mode (the base model's own attention on the same weights, `DynamicCache`). Teacher and student take
+turns in one process. The teacher's cache for decoding is filled with random keys and values instead of a prefill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from nha_kernels import log_decay_from_logits, nha_attention  # noqa: E402
+from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config  # noqa: E402
+
+from nha_convert.convert import nha_config  # noqa: E402
+from nha_convert.gate_init import init_gates  # noqa: E402
+from nha_convert.modeling.attention_nha import teacher_mode  # noqa: E402
+from nha_convert.settings import NHASettings  # noqa: E402
+
+HEADS, GROUPS, DIM, HIDDEN, INTERMEDIATE = 14, 2, 64, 896, 4864
+SLOTS, WINDOW, SINKS = 64, 64, 4
+TARGETS = {"prefill": 2.5, "attention": 8.0, "decode": 6.0, "cache": 50.0}  # times better than the teacher
+
+
+def arguments() -> argparse.Namespace:
+    """The command line; defaults are the acceptance sizes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens of the prefill and of the attention alone")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--vocabulary", type=int, default=151936)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 8192, 32768], help="of the decode steps")
+    parser.add_argument("--chunk", type=int, default=1024, help="tokens per call of the chunked prefill; 0: leave out")
+    parser.add_argument("--repeats", type=int, default=1, help="prefills of each kind; the fastest counts")
+    parser.add_argument(
+        "--attention-repeats", type=int, default=5, help="runs of the attention alone; the median counts"
+    )
+    parser.add_argument("--steps", type=int, default=10, help="timed decode steps per context; the median counts")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=ROOT / "kernels" / "bench" / "results")
+    return parser.parse_args()
+
+
+def build(options: argparse.Namespace) -> Any:
+    """The converted model, random weights, fp32, in eval mode."""
+    base = Qwen2Config(
+        vocab_size=options.vocabulary,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=options.layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=GROUPS,
+        max_position_embeddings=32768,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(nha_config(base, NHASettings(window=WINDOW, slots=SLOTS, sinks=SINKS)))
+    init_gates(model, "spread", seed=0)
+    return model.eval()
+
+
+def say(text: str) -> None:
+    """Progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds of one run."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def prefill(model: Any, ids: torch.Tensor, chunk: int) -> None:
+    """Read `ids` [1,T] into a cache, `chunk` tokens per call, and give the last token's logits."""
+    cache = model.new_cache()
+    for part in ids.split(chunk, 1):
+        model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def measure_prefill(model: Any, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds for all tokens: at once, and in chunks, for teacher and student."""
+    ids = torch.randint(0, options.vocabulary, (1, options.tokens))
+    kinds = {"whole": options.tokens} | ({"chunked": options.chunk} if options.chunk else {})
+    best: dict[str, float] = {}
+    for name, chunk in [(n, c) for _ in range(options.repeats) for n, c in kinds.items()]:
+        for mode in ("student", "teacher"):
+            with teacher_mode(model) if mode == "teacher" else contextlib.nullcontext():
+                seconds = timed(lambda chunk=chunk: prefill(model, ids, chunk))  # type: ignore[misc]
+            say(f"prefill {options.tokens} {name} {mode}: {seconds:.2f} s")
+            best[f"{mode}_{name}"] = min(seconds, best.get(f"{mode}_{name}", seconds))
+    return best
+
+
+def measure_attention(options: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of one layer's attention: the op (rotation and final state included) and causal SDPA (without)."""
+    tokens, normal = options.tokens, torch.randn
+    q, k, v = normal(1, tokens, HEADS, DIM), normal(1, tokens, GROUPS, DIM), normal(1, tokens, GROUPS, DIM)
+    log_decay = log_decay_from_logits(normal(1, tokens, GROUPS, SLOTS) + 3, 8.0)
+    angle = normal(1, tokens, DIM // 2)
+    cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+    scale, bias = torch.ones(HEADS, DIM), torch.zeros(HEADS)
+    query, key, value = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    settings: dict[str, Any] = {
+        "window": WINDOW,
+        "sinks": SINKS,
+        "cos": cos,
+        "sin": sin,
+        "slot_q_scale": scale,
+        "slot_bias": bias,
+    }
+
+    def student() -> None:
+        nha_attention(q, k, v, log_decay, **settings, output_final_state=True)
+
+    def teacher() -> None:
+        F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+    runs: dict[str, list[float]] = {"student": [], "teacher": []}
+    student()
+    for _ in range(options.attention_repeats):
+        runs["student"].append(timed(student))
+        runs["teacher"].append(timed(teacher))
+    say(f"attention {tokens}: " + ", ".join(f"{name} {min(x):.3f} to {max(x):.3f} s" for name, x in runs.items()))
+    return {name: statistics.median(x) for name, x in runs.items()}
+
+
+def filled_cache(model: Any, mode: str, context: int) -> DynamicCache:
+    """A cache as after `context` tokens.
+
+    The teacher's keys and values are random. The student reads a few windows of tokens, which fills all that it has,
+    and its position is moved to the context.
+    """
+    cache: DynamicCache = model.new_cache()
+    if mode == "teacher":
+        for layer in range(model.config.num_hidden_layers):
+            key, value = torch.randn(2, 1, GROUPS, context, DIM).unbind(0)
+            cache.update(key.clone(), value.clone(), layer)
+        return cache
+    ids = torch.randint(0, model.config.vocab_size, (1, min(context, 4 * WINDOW)))
+    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    for entry in cache.layers:
+        entry.seen = context
+        entry.state.seen.fill_(context)
+    return cache
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """Bytes of every tensor that the cache holds."""
+    total = 0
+    for layer in cache.layers:
+        tensors = layer.state.tensors().values() if hasattr(layer, "state") else (layer.keys, layer.values)
+        total += sum(x.untyped_storage().nbytes() for x in tensors)
+    return total
+
+
+def measure_decode(model: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Per context: median seconds per token of both, step by step in turns, and the bytes of their caches."""
+    rows = []
+    token = torch.zeros(1, 1, dtype=torch.long)
+    for context in options.contexts:
+        seconds: dict[str, list[float]] = {"student": [], "teacher": []}
+        caches, sizes = {}, {}
+        for mode in seconds:
+            with teacher_mode(model) if mode == "teacher" else contextlib.nullcontext():
+                caches[mode] = filled_cache(model, mode, context)
+                sizes[mode] = cache_bytes(caches[mode])
+        for _ in range(options.steps + 2):
+            for mode, cache in caches.items():
+                with teacher_mode(model) if mode == "teacher" else contextlib.nullcontext():
+                    step = timed(lambda cache=cache: model(token, past_key_values=cache, use_cache=True))  # type: ignore[misc]
+                    seconds[mode].append(step)
+        row: dict[str, Any] = {"context": context, "bytes": sizes}
+        row |= {mode: statistics.median(x[2:]) for mode, x in seconds.items()}  # two steps to warm up
+        say(f"decode at {context}: student {row['student'] * 1e3:.1f} ms, teacher {row['teacher'] * 1e3:.1f} ms")
+        rows.append(row)
+    return rows
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions, commit, date and command."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
+    git = ["git", "-C", str(ROOT)]
+    changed = subprocess.run([*git, "status", "--porcelain", "kernels/nha_kernels"], capture_output=True, text=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "commit": commit,
+        "uncommitted_kernels": bool(changed.stdout.strip()) if changed.returncode == 0 else None,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python", "tools/bench_cpu.py", *sys.argv[1:]]),
+    }
+
+
+def table(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Rows: what, teacher, student, target and measured ratio."""
+    sizes, prefills, attention = results["sizes"], results["prefill"], results["attention"]
+    tokens, rows = sizes["tokens"], []
+
+    def row(what: str, teacher: float, student: float, unit: str, factor: float, target: float | None) -> None:
+        wanted = "" if target is None else f">= {target:g}x"
+        theirs, ours = (f"{x * factor:.4g} {unit}" for x in (teacher, student))
+        rows.append((what, theirs, ours, wanted, f"{teacher / student:.2f}x"))
+
+    names = [name.removeprefix("student_") for name in prefills if name.startswith("student_")]
+    for name in names:
+        how = "in one call" if name == "whole" else f"in calls of {sizes['chunk']}"
+        row(f"prefill of {tokens}, each {how}", prefills[f"teacher_{name}"], prefills[f"student_{name}"], "s", 1, None)
+    best = {mode: min(prefills[f"{mode}_{name}"] for name in names) for mode in ("teacher", "student")}
+    row(f"prefill of {tokens}, the faster of each", best["teacher"], best["student"], "s", 1, TARGETS["prefill"])
+    one_call = prefills["teacher_whole"]
+    row(f"prefill of {tokens}, teacher in one call, student its faster", one_call, best["student"], "s", 1, None)
+    what = f"attention alone, {tokens} tokens, one layer"
+    row(what, attention["teacher"], attention["student"], "ms", 1e3, TARGETS["attention"])
+    last = results["decode"][-1]["context"]
+    for step in results["decode"]:
+        here, target = step["context"], TARGETS["decode"] if step["context"] == last else None
+        row(f"decode per token at {here}", step["teacher"], step["student"], "ms", 1e3, target)
+    for step in results["decode"]:
+        here, target = step["context"], TARGETS["cache"] if step["context"] == last else None
+        row(f"cache at {here}", step["bytes"]["teacher"], step["bytes"]["student"], "MB", 1e-6, target)
+    return rows
+
+
+def page(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    e, sizes = results["environment"], results["sizes"]
+    uncommitted = " and uncommitted changes" if e["uncommitted_kernels"] else ""
+    lines = [
+        "# CPU",
+        "",
+        f"Made by `{e['command']}` on {e['date']}, commit {e['commit']}{uncommitted}: {e['cpu']} ({e['capability']}), "
+        f"{e['cores']} cores, {e['threads']} threads, torch {e['torch']}, fp32.",
+        "",
+        f"Random weights in Qwen2.5-0.5B's shapes ({sizes['layers']} layers, vocabulary {sizes['vocabulary']}), every "
+        f"layer NHA with W {WINDOW}, M {SLOTS}, {SINKS} sinks. The teacher is the same model in teacher mode, with "
+        "SDPA and its `DynamicCache`; both run in one process, in turns. Prefill: fastest of "
+        f"{sizes['repeats']}; attention: median of {sizes['attention_repeats']}; decode: median of {sizes['steps']}. "
+        "For decoding, the teacher's cache is filled with random keys and values; the student reads a few windows, and "
+        "its position is moved to the context.",
+        "",
+        "| | teacher | NHA | target | measured |",
+        "|---|---|---|---|---|",
+    ]
+    lines += ["| " + " | ".join(row) + " |" for row in table(results)]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure and write."""
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    names = ("tokens", "layers", "vocabulary", "chunk", "repeats", "attention_repeats", "steps")
+    results: dict[str, Any] = {"environment": environment(), "sizes": {name: getattr(options, name) for name in names}}
+    with torch.inference_mode():
+        results["attention"] = measure_attention(options)
+        model = build(options)
+        results["decode"] = measure_decode(model, options)
+        results["prefill"] = measure_prefill(model, options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "cpu.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (options.out / "cpu.md").write_text(page(results), encoding="utf-8")
+    print(page(results))
+
+
+if __name__ == "__main__":
+    main()
