@@ -26,6 +26,7 @@ from .triton_common import (
     load_scale,
     load_turn,
     locate,
+    narrow,
     turn,
     wide,
     write_strength,
@@ -49,7 +50,7 @@ def read_keys(
         token = first + tl.arange(0, BC)
         fall = tl.where((row_ok & (i >= first))[:, None], tl.exp2(decay - middle[None, :]), 0.0)
         mixed = dot(grads * fall, tl.trans(write), DECAY_PRECISION, INTERPRET)
-        mixed = tl.where(i[:, None] >= token[None, :], mixed, 0.0).to(dtype)
+        mixed = narrow(tl.where(i[:, None] >= token[None, :], mixed, 0.0), dtype)
         token_ok = ((token >= hidden) & (token < length))[:, None] & (j < D // 2)[None, :]
         token_at = tl.arange(0, BC)[:, None] * (G * D)
         base = k + wide(first) * (G * D)
@@ -100,11 +101,11 @@ def slot_block(
     whole = weights * (grads + own_v[:, None] * own_write - drop[:, None])
     at = n[:, None] * (H * M) + m[None, :]
     share = scores * whole * scale + grads * weights
-    tl.store(decay_grads + at, share.to(decay_grads.dtype.element_ty), mask=keep)
+    tl.store(decay_grads + at, narrow(share, decay_grads.dtype.element_ty), mask=keep)
     grads = whole
-    tl.store(slot_weights + at, weights.to(slot_weights.dtype.element_ty), mask=keep)
-    tl.store(slot_grads + at, grads.to(slot_grads.dtype.element_ty), mask=keep)
-    faded = (grads * tl.exp2(decay)).to(dtype)
+    tl.store(slot_weights + at, narrow(weights, slot_weights.dtype.element_ty), mask=keep)
+    tl.store(slot_grads + at, narrow(grads, slot_grads.dtype.element_ty), mask=keep)
+    faded = narrow(grads * tl.exp2(decay), dtype)
     tl.debug_barrier()
     read_a, read_b = read_keys(
         grads, faded, state_k, k, g2, log_decay, decay, i, row_ok, t0, length, hidden, m, m_ok, j, col_a, col_b,
@@ -219,7 +220,7 @@ def query_side(
         if P > 0:
             cosine, sine = load_turn(cos, sin, turn_row, n, j, row_ok, P)
             q_a, q_b = turn(q_a.to(tl.float32), q_b.to(tl.float32), cosine, sine)
-            q_a, q_b = q_a.to(dtype), q_b.to(dtype)
+            q_a, q_b = narrow(q_a, dtype), narrow(q_b, dtype)
             acc_a, acc_b = turn(acc_a, acc_b, cosine, sine)
         grad = tl.load(do + full_at, mask=full_ok, other=0.0)
         turned += (key0 * G + g) * D
@@ -237,7 +238,7 @@ def query_side(
             seen_ok = (s_ok[None, :] & (s[None, :] <= i[:, None] + (W + S - hidden))) & row_ok[:, None]
             weights = tl.where(seen_ok, tl.exp2(scores * scale2 - log_sum[:, None]), 0.0)
             grads = weights * (dot(grad, tl.trans(values), PRECISION, INTERPRET) - drop[:, None])
-            grads = grads.to(dtype)
+            grads = narrow(grads, dtype)
             acc_a += dot(grads, k_a, PRECISION, INTERPRET)
             acc_b += dot(grads, k_b, PRECISION, INTERPRET)
             sink_a = dot(tl.trans(grads), q_a, PRECISION, INTERPRET)
@@ -250,7 +251,7 @@ def query_side(
             sink_keep = (s < S)[:, None] & (j < D // 2)[None, :]
             tl.store(part_sink + sink_at + col_a[None, :], sink_a * scale, mask=sink_keep)
             tl.store(part_sink + sink_at + col_b[None, :], sink_b * scale, mask=sink_keep)
-            sink_v = dot(tl.trans(weights.to(dtype)), grad, PRECISION, INTERPRET)
+            sink_v = dot(tl.trans(narrow(weights, dtype)), grad, PRECISION, INTERPRET)
             tl.store(part_sink + sink_at + D + d[None, :], sink_v, mask=(s < S)[:, None] & (d < D)[None, :])
     if WINDOW:
         low = tl.maximum(tl.maximum(t0 + past - W + 1, hidden + past - W), 0)
@@ -269,12 +270,12 @@ def query_side(
             seen_ok = (age >= 0) & (age < W) & x_ok[None, :] & row_ok[:, None]
             weights = tl.where(seen_ok, tl.exp2(scores * scale2 - log_sum[:, None]), 0.0)
             grads = weights * (dot(grad, tl.trans(values), PRECISION, INTERPRET) - drop[:, None])
-            grads = grads.to(dtype)
+            grads = narrow(grads, dtype)
             acc_a += dot(grads, k_a, PRECISION, INTERPRET)
             acc_b += dot(grads, k_b, PRECISION, INTERPRET)
     if WINDOW or SINKS:
         if P > 0:
             cosine, sine = load_turn(cos, sin, turn_row, n, j, row_ok, P)
             acc_a, acc_b = turn(acc_a, acc_b, cosine, -sine)
-    tl.store(dq + q_at + col_a[None, :], (acc_a * scale).to(dtype), mask=head_ok)
-    tl.store(dq + q_at + col_b[None, :], (acc_b * scale).to(dtype), mask=head_ok)
+    tl.store(dq + q_at + col_a[None, :], narrow(acc_a * scale, dtype), mask=head_ok)
+    tl.store(dq + q_at + col_b[None, :], narrow(acc_b * scale, dtype), mask=head_ok)

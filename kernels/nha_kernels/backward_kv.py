@@ -23,6 +23,7 @@ from .triton_common import (
     half_columns,
     load_turn,
     locate,
+    narrow,
     turn,
     write_strength,
 )
@@ -117,7 +118,7 @@ def key_side(
             m = block * BM + tl.arange(0, BM)
             m_ok = m < M
             decay, write, to_end, la = tile_decays(g2, log_decay, row_ok, absorbs, length - t0, m, m_ok, G * M, BT)
-            to_state = (write * to_end).to(dtype)
+            to_state = narrow(write * to_end, dtype)
             at = m[:, None] * D
             ok = m_ok[:, None] & (j < D // 2)[None, :]
             acc_a += dot(to_state, tl.load(handed_k + at + col_a[None, :], mask=ok, other=0.0), PRECISION, INTERPRET)
@@ -134,7 +135,7 @@ def key_side(
                     for first in tl.range(0, BT, BC, num_stages=1):
                         fall, rise = own_rise(g2, decay, n, row_ok, first, length - t0, m, m_ok, G * M, BC)
                         mix += dot(write * rise, tl.trans(grads * fall), DECAY_PRECISION, INTERPRET)
-                    mix = tl.where(before, mix, 0.0).to(dtype)
+                    mix = narrow(tl.where(before, mix, 0.0), dtype)
                     rows_ok = row_ok[:, None] & (j < D // 2)[None, :]
                     q_a = tl.load(q + head * D + n[:, None] * (H * D) + col_a[None, :], mask=rows_ok, other=0.0)
                     q_b = tl.load(q + head * D + n[:, None] * (H * D) + col_b[None, :], mask=rows_ok, other=0.0)
@@ -142,8 +143,8 @@ def key_side(
                         factor = slot_q_scale + (g * R + r) * D
                         scale_a = tl.load(factor + col_a, mask=j < D // 2, other=0.0)
                         scale_b = tl.load(factor + col_b, mask=j < D // 2, other=0.0)
-                        q_a = (q_a.to(tl.float32) * scale_a[None, :]).to(dtype)
-                        q_b = (q_b.to(tl.float32) * scale_b[None, :]).to(dtype)
+                        q_a = narrow(q_a.to(tl.float32) * scale_a[None, :], dtype)
+                        q_b = narrow(q_b.to(tl.float32) * scale_b[None, :], dtype)
                     # the handed adjoint already holds the scale; here it is taken out again at the end
                     acc_a += dot(mix, q_a, PRECISION, INTERPRET) * scale
                     acc_b += dot(mix, q_b, PRECISION, INTERPRET) * scale
@@ -152,7 +153,7 @@ def key_side(
                     for first in tl.range(0, BT, BC, num_stages=1):
                         fall, rise = own_rise(g2, decay, n, row_ok, first, length - t0, m, m_ok, G * M, BC)
                         mix += dot(write * rise, tl.trans(weights * fall), DECAY_PRECISION, INTERPRET)
-                    mix = tl.where(before, mix, 0.0).to(dtype)
+                    mix = narrow(tl.where(before, mix, 0.0), dtype)
                     grad_ok = row_ok[:, None] & (d < D)[None, :]
                     grad = tl.load(do + head * D + n[:, None] * (H * D) + d[None, :], mask=grad_ok, other=0.0)
                     acc_v += dot(mix, grad, PRECISION, INTERPRET)
@@ -181,7 +182,7 @@ def key_side(
                     query_row = (doc * 0 if SHARED_COS else key0) + i0 + past
                     query_cosine, query_sine = load_turn(cos, sin, query_row, at, j, query_ok, P)
                     q_a, q_b = turn(q_a.to(tl.float32), q_b.to(tl.float32), query_cosine, query_sine)
-                    q_a, q_b = q_a.to(dtype), q_b.to(dtype)
+                    q_a, q_b = narrow(q_a, dtype), narrow(q_b, dtype)
                 grad_ok = query_ok[:, None] & (d < D)[None, :]
                 grad = tl.load(do + head * D + at[:, None] * (H * D) + d[None, :], mask=grad_ok, other=0.0)
                 log_sum = tl.load(lse + head + at * H, mask=query_ok, other=0.0)
@@ -191,9 +192,9 @@ def key_side(
                 age = query[None, :] + past - x[:, None]
                 ok = (age >= 0) & (age < W) & query_ok[None, :] & exact[:, None]
                 weights = tl.where(ok, tl.exp2(scores * (scale * LOG2E) - log_sum[None, :]), 0.0)
-                acc_v += dot(weights.to(dtype), grad, PRECISION, INTERPRET)
+                acc_v += dot(narrow(weights, dtype), grad, PRECISION, INTERPRET)
                 grads = weights * (dot(values, tl.trans(grad), PRECISION, INTERPRET) - drop[None, :])
-                grads = (grads * scale).to(dtype)
+                grads = narrow(grads * scale, dtype)
                 acc_a += dot(grads, q_a, PRECISION, INTERPRET)
                 acc_b += dot(grads, q_b, PRECISION, INTERPRET)
         if P > 0:
@@ -205,9 +206,9 @@ def key_side(
         acc_a += tl.load(sink_grad + at + col_a[None, :], mask=sink & (j < D // 2)[None, :], other=0.0)
         acc_b += tl.load(sink_grad + at + col_b[None, :], mask=sink & (j < D // 2)[None, :], other=0.0)
         acc_v += tl.load(sink_grad + at + D + d[None, :], mask=sink & (d < D)[None, :], other=0.0)
-    tl.store(dk + x_at + col_a[None, :], acc_a.to(dtype), mask=half_ok)
-    tl.store(dk + x_at + col_b[None, :], acc_b.to(dtype), mask=half_ok)
-    tl.store(dv + x_at + d[None, :], acc_v.to(dtype), mask=full_ok)
+    tl.store(dk + x_at + col_a[None, :], narrow(acc_a, dtype), mask=half_ok)
+    tl.store(dk + x_at + col_b[None, :], narrow(acc_b, dtype), mask=half_ok)
+    tl.store(dv + x_at + d[None, :], narrow(acc_v, dtype), mask=full_ok)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -292,7 +293,7 @@ def gate_side(
                     rows = tl.load(q + full_at, mask=full_ok, other=0.0)
                     if HAS_SCALE:
                         factor = tl.load(slot_q_scale + (g * R + r) * D + d, mask=d < D, other=0.0)
-                        rows = (rows.to(tl.float32) * factor[None, :]).to(dtype)
+                        rows = narrow(rows.to(tl.float32) * factor[None, :], dtype)
                     pairs = dot(token, tl.trans(rows), PRECISION, INTERPRET) * scale
                 else:
                     weights = tl.load(slot_weights + slot_at, mask=keep, other=0.0).to(tl.float32)

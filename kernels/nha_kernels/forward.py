@@ -22,6 +22,7 @@ from .triton_common import (
     load_scale,
     load_turn,
     locate,
+    narrow,
     scaled,
     softmax_step,
     turn,
@@ -77,7 +78,7 @@ def slot_values(
     """What weights [BT,BM] read from the slots, [BT,BD]."""
     dtype = v.dtype.element_ty
     values = tl.load(state_v + m[:, None] * D + d[None, :], mask=m_ok[:, None] & (d < D)[None, :], other=0.0)
-    acc = dot((weights * tl.exp2(decay)).to(dtype), values, PRECISION, INTERPRET)
+    acc = dot(narrow(weights * tl.exp2(decay), dtype), values, PRECISION, INTERPRET)
     for first in tl.range(t0, t0 + BT, BC, num_stages=1):
         write, middle = lifted_writes(g2, log_decay, first, length, hidden, G * M, m, m_ok, BC)
         token = first + tl.arange(0, BC)
@@ -87,7 +88,7 @@ def slot_values(
         token_ok = ((token >= hidden) & (token < length))[:, None] & (d < D)[None, :]
         token_at = tl.arange(0, BC)[:, None] * (G * D) + d[None, :]
         base = v + wide(first) * (G * D)
-        acc += dot(mixed.to(dtype), tl.load(base + token_at, mask=token_ok, other=0.0), PRECISION, INTERPRET)
+        acc += dot(narrow(mixed, dtype), tl.load(base + token_at, mask=token_ok, other=0.0), PRECISION, INTERPRET)
     return acc
 
 
@@ -186,7 +187,7 @@ def attend(
             turn_row = (doc * 0 if SHARED_COS else key0) + t0 + past
             cosine, sine = load_turn(cos, sin, turn_row, n, j, row_ok, P)
             q_a, q_b = turn(q_a.to(tl.float32), q_b.to(tl.float32), cosine, sine)
-            q_a, q_b = q_a.to(dtype), q_b.to(dtype)
+            q_a, q_b = narrow(q_a, dtype), narrow(q_b, dtype)
         turned += (key0 * G + g) * D
         v += (key0 * G + g) * D
     if SINKS:
@@ -222,5 +223,5 @@ def attend(
     some = total > 0.0
     acc = acc * tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)[:, None]
     o += (row0 * H + h) * D
-    tl.store(o + q_at + d[None, :], acc.to(o.dtype.element_ty), mask=row_ok[:, None] & (d < D)[None, :])
+    tl.store(o + q_at + d[None, :], narrow(acc, o.dtype.element_ty), mask=row_ok[:, None] & (d < D)[None, :])
     tl.store(lse + row0 * H + h + n * H, tl.where(some, (top + tl.log2(total)) * LN2, NEG_INF), mask=row_ok)

@@ -17,7 +17,7 @@ try:
 except ImportError as missing:
     raise ImportError("the Triton kernels need triton: pip install triton, or use backend='torch'") from missing
 
-from .triton_common import FLOOR, LOG2E, SIZES, dot, half_columns, load_turn, turn, wide, write_strength
+from .triton_common import FLOOR, LOG2E, SIZES, dot, half_columns, load_turn, narrow, turn, wide, write_strength
 
 
 @triton.jit
@@ -39,8 +39,8 @@ def rotate_keys(
     turn_row = row % per_doc if SHARED_COS else row
     cosine, sine = load_turn(cos, sin, first * 0, turn_row, j, ok, P)
     a, b = turn(a, b, cosine, sine)
-    tl.store(turned + at + col_a[None, :], a.to(turned.dtype.element_ty), mask=keep)
-    tl.store(turned + at + col_b[None, :], b.to(turned.dtype.element_ty), mask=keep)
+    tl.store(turned + at + col_a[None, :], narrow(a, turned.dtype.element_ty), mask=keep)
+    tl.store(turned + at + col_b[None, :], narrow(b, turned.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def absorb_tile(
         tl.store(g2 + m_at, g, mask=(i < length)[:, None] & m_ok[None, :])
     token = tl.load(x + at[:, None] * D + d[None, :], mask=ok[:, None] & d_ok[None, :], other=0.0)
     write = s * tl.exp2(whole[None, :] - g)
-    carry = carry * tl.exp2(whole)[:, None] + dot(tl.trans(write).to(token.dtype), token, PRECISION, INTERPRET)
+    carry = carry * tl.exp2(whole)[:, None] + dot(narrow(tl.trans(write), token.dtype), token, PRECISION, INTERPRET)
     return carry, whole
 
 
@@ -129,7 +129,7 @@ def tile_states(
     last = tl.minimum((segment + 1) * segment_tiles, number)
     for c in range(segment * segment_tiles, last):
         at = wide(first + c)
-        tl.store(states + at * tile_size + in_state, carry.to(states.dtype.element_ty), mask=ok)
+        tl.store(states + at * tile_size + in_state, narrow(carry, states.dtype.element_ty), mask=ok)
         if SEGMENTED:
             tl.store(tile_decay + (at * G + g) * M + m, since, mask=m_ok)
         carry, whole = absorb_tile(
@@ -175,7 +175,7 @@ def join_segments(
                 since = tl.load(tile_decay + (at * G + g) * M + m, mask=m_ok, other=0.0, cache_modifier=".cg")
                 place = states + at * (G * M * D) + in_state
                 own = tl.load(place, mask=ok, other=0.0, cache_modifier=".cg").to(tl.float32)
-                tl.store(place, (own + carry * tl.exp2(since)[:, None]).to(states.dtype.element_ty), mask=ok)
+                tl.store(place, narrow(own + carry * tl.exp2(since)[:, None], states.dtype.element_ty), mask=ok)
             since = tl.load(part_decay + later * M + m, mask=m_ok, other=0.0, cache_modifier=".cg")
             own = tl.load(parts + later * (2 * M * D) + in_state, mask=ok, other=0.0, cache_modifier=".cg")
             carry = own + carry * tl.exp2(since)[:, None]
@@ -247,7 +247,7 @@ def reverse_scan(
     for u in range(segment * segment_tiles, last):
         c = number - 1 - u
         at = wide(first + c)
-        tl.store(adjoints + at * tile_size + in_state, carry.to(adjoints.dtype.element_ty), mask=ok)
+        tl.store(adjoints + at * tile_size + in_state, narrow(carry, adjoints.dtype.element_ty), mask=ok)
         if SEGMENTED:
             tl.store(tile_decay + (at * G + g) * M + m, since, mask=m_ok)
         i = c * BT + tl.arange(0, BT)
@@ -266,9 +266,9 @@ def reverse_scan(
                 rows = tl.load(x + at[:, None] * D + d[None, :], mask=row_ok[:, None] & d_ok[None, :], other=0.0)
                 if HAS_SCALE:
                     factor = tl.load(slot_q_scale + (g * R + r) * D + d, mask=d_ok & (side == 0), other=1.0)
-                    rows = (rows.to(tl.float32) * factor[None, :]).to(x.dtype.element_ty)
+                    rows = narrow(rows.to(tl.float32) * factor[None, :], x.dtype.element_ty)
                 weight = weight * tl.where(side == 0, scale, 1.0)
-                carry += dot(tl.trans(weight).to(rows.dtype), rows, PRECISION, INTERPRET)
+                carry += dot(narrow(tl.trans(weight), rows.dtype), rows, PRECISION, INTERPRET)
     if SEGMENTED:
         join_segments(
             adjoints, tile_decay, parts, part_decay, tickets + (head * NM + i_m) * (2 * ND) + side * ND + i_d,

@@ -28,6 +28,7 @@ SIZES = (
 )
 """Integer arguments by name: no value of theirs is compiled in, so no length compiles anew."""
 
+EMULATED = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FLOOR = tl.constexpr(LOG_DECAY_FLOOR)
@@ -38,6 +39,18 @@ NEG_INF = tl.constexpr(float("-inf"))
 def wide(x):
     """x as a 64-bit integer; loop counters are plain integers in the interpreter."""
     return tl.full([], 1, tl.int64) * x
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """x in another dtype, rounded to nearest; the interpreter's own conversion to bf16 cuts digits off."""
+    if EMULATED:
+        if dtype == tl.bfloat16:
+            if x.dtype == tl.float32:
+                bits = x.to(tl.uint32, bitcast=True)
+                bits += 0x7FFF + ((bits >> 16) & 1)
+                x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -100,7 +113,7 @@ def load_scale(slot_q_scale, j, col_a, col_b, D: tl.constexpr, HAS_SCALE: tl.con
 def scaled(keys, scale, HAS_SCALE: tl.constexpr):
     """Keys [BH,...] times slot_q_scale, which so leaves the queries as they are loaded."""
     if HAS_SCALE:
-        keys = (keys.to(tl.float32) * scale[:, None]).to(keys.dtype)
+        keys = narrow(keys.to(tl.float32) * scale[:, None], keys.dtype)
     return keys
 
 
@@ -148,5 +161,5 @@ def softmax_step(top, total, acc, scores, values, PRECISION: tl.constexpr, INTER
     fade = tl.exp2(top - safe)
     weights = tl.exp2(scores - safe[:, None])
     total = total * fade + tl.sum(weights, 1)
-    acc = acc * fade[:, None] + dot(weights.to(values.dtype), values, PRECISION, INTERPRET)
+    acc = acc * fade[:, None] + dot(narrow(weights, values.dtype), values, PRECISION, INTERPRET)
     return best, total, acc

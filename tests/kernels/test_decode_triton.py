@@ -190,6 +190,22 @@ def test_kept_in_another_dtype() -> None:
             assert ours.ring_k.dtype == torch.float16
 
 
+def test_decay_below_the_floor() -> None:
+    """The ring keeps what came, the slots absorb with the floor."""
+    x = case(8, dtype=FLOAT)
+    for window in (0, 2):
+        start = begin(cut(x, slice(0, 4)), window, 1, None, FLOAT)
+        ours, torchs = to(start.clone(), FLOAT), start.clone()
+        for t in range(4, 8):
+            token = cut(x, slice(t, t + 1))
+            token.pop("logits")
+            decay = torch.full((2, 1, 2, 8), -9.0 - t / 4, dtype=EXACT)  # the floor is -9.7
+            for run, state in ((decode_step_triton, ours), (decode_step, torchs)):
+                y = to(token, state.slot_k.dtype)
+                run(y.pop("q"), y.pop("k"), y.pop("v"), decay.to(state.slot_k.dtype), state, **DEFAULTS, **y)
+            assert_close(ours.tensors(), torchs.tensors(), STEP)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("splits", [1, 3])
 def test_sixteen_bits(dtype: torch.dtype, splits: int) -> None:
