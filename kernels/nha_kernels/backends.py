@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 
 BACKENDS = ("auto", "triton", "torch", "reference")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -41,9 +43,9 @@ def choose_backend(backend: str, q: torch.Tensor, log_decay: torch.Tensor) -> st
 
 def _obstacle(device: str, dtype: torch.dtype, dim: int, repeat: int, slots: int) -> str:
     """What keeps the Triton kernels from running a call; empty if nothing does."""
-    if not _has_triton():
+    if not HAS_TRITON:
         return "triton is not installed (pip install triton)"
-    if device != "cuda" and not _interpreting():
+    if device != "cuda" and not INTERPRETING:
         return f"its tensors are on {device}, Triton needs a GPU (or TRITON_INTERPRET=1, for tests)"
     if dtype not in DTYPES:
         return f"its dtype is {dtype}, allowed are fp32, bf16 and fp16"
@@ -54,16 +56,6 @@ def _obstacle(device: str, dtype: torch.dtype, dim: int, repeat: int, slots: int
     if repeat > 16:
         return f"it has {repeat} query heads per key head, allowed are up to 16"
     return ""
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@lru_cache(maxsize=1)
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @lru_cache(maxsize=16)

@@ -8,6 +8,8 @@ Legend: as in tile_call.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -181,19 +183,22 @@ def tile_attention_backward(
         sinks, past, scale, mask_empty, branch, output_final, backward=True,
     )  # fmt: skip
     grads = call.backward(o, lse, grad, lse_grad, final_grad if call.options.states else None, need_keys)
-    none = lse.new_empty(0)
+    slots, states = call.options.slots, call.options.states
     return [
         grads.q,
-        *(none if x is None else x for x in (grads.k, grads.v)),
+        *(lse.new_empty(0) if x is None else x for x in (grads.k, grads.v)),
         grads.log_decay,
-        none if slot_q_scale is None else _made(grads.slot_q_scale, slot_q_scale, call.options.slots),
-        none if slot_bias is None else _made(grads.slot_bias, slot_bias, call.options.slots),
-        none if initial is None else _made(grads.initial, initial, call.options.states),
+        _made(grads.slot_q_scale, slot_q_scale, slots, lse),
+        _made(grads.slot_bias, slot_bias, slots, lse),
+        _made(grads.initial, initial, states, lse),
     ]
 
 
-def _made(grad: torch.Tensor, like: torch.Tensor, computed: bool) -> torch.Tensor:
-    return grad if computed else torch.zeros_like(like)
+def _made(grad: torch.Tensor, of: Maybe, computed: bool, like: torch.Tensor) -> torch.Tensor:
+    """The gradient of an optional tensor: empty where there is none, 0 where no kernel computed it."""
+    if of is None:
+        return like.new_empty(0)
+    return grad if computed else torch.zeros_like(of)
 
 
 @tile_attention_backward.register_fake
@@ -214,9 +219,8 @@ def _(
     initial: Maybe,
     *rest: Any,
 ) -> list[torch.Tensor]:
-    none, need_keys = lse.new_empty(0), rest[-1]
-    made = [torch.empty_like(x) if need_keys else none for x in (k, v)]
-    optional = [none if x is None else torch.empty_like(x) for x in (slot_q_scale, slot_bias, initial)]
+    made = [torch.empty_like(x) if rest[-1] else lse.new_empty(0) for x in (k, v)]  # rest[-1]: need_keys
+    optional = [lse.new_empty(0) if x is None else torch.empty_like(x) for x in (slot_q_scale, slot_bias, initial)]
     return [torch.empty_like(q), *made, torch.empty_like(log_decay), *optional]
 
 
@@ -383,8 +387,9 @@ def chunked_attention_backward(
         grads: of every floating tensor that `chunked_attention` gave.
         q to output_final: what it got.
     """
-    with torch.enable_grad():
-        leaves = [None if x is None else x.detach().requires_grad_() for x in (q, k, v, log_decay)]
+
+    def run() -> list[torch.Tensor]:
+        leaves = [x.detach().requires_grad_() for x in (q, k, v, log_decay)]
         extra = [None if x is None else x.detach().requires_grad_() for x in (slot_q_scale, slot_bias)]
         state = [x.detach().requires_grad_(x.is_floating_point()) for x in held]
         tensors = (*leaves, *extra, state, cos, sin, padding_mask, cu_seqlens)
@@ -393,7 +398,15 @@ def chunked_attention_backward(
         pairs = [(x, g) for x, g in zip(out, grads, strict=True) if x.requires_grad]
         inputs = [x for x in (*leaves, *extra, *state) if x is not None and x.requires_grad]
         made = torch.autograd.grad([x for x, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g.contiguous() for x, g in zip(inputs, made, strict=True)]
+        return [torch.zeros_like(x) if g is None else g.clone() for x, g in zip(inputs, made, strict=True)]
+
+    return _recorder().submit(run).result()
+
+
+@lru_cache(maxsize=1)
+def _recorder() -> ThreadPoolExecutor:
+    """A thread of its own: an operator's body runs with autograd's recording switched off in the thread that calls it."""
+    return ThreadPoolExecutor(max_workers=1)
 
 
 @chunked_attention_backward.register_fake

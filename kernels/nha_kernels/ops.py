@@ -6,7 +6,6 @@ P rotary dims, N documents.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -138,9 +137,7 @@ def _compiled_chunked(
     )
     state = None
     if output_final_state:
-        names = [f.name for f in fields(NHAState)][: len(after)]
-        sizes = {"window": options["window"], "sinks": options["sinks"]}
-        state = NHAState(**dict(zip(names, after, strict=True)), **sizes)
+        state = NHAState(*after, window=options["window"], sinks=options["sinks"])
     return o, lse if return_lse else None, state
 
 

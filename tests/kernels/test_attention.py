@@ -170,8 +170,8 @@ def test_wrong_arguments_name_both_sides(change, message):
 
 def test_backend_choice(monkeypatch):
     x = case(9)
-    with pytest.raises(RuntimeError, match="'triton' is not available"):
+    with pytest.raises(RuntimeError, match="cannot run"):
         attend(x, window=2, backend="triton")
     monkeypatch.setenv("NHA_BACKEND", "triton")
-    with pytest.raises(RuntimeError, match="'triton' is not available"):
+    with pytest.raises(RuntimeError, match="cannot run"):
         attend(x, window=2, backend="torch")

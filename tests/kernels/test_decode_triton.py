@@ -143,11 +143,12 @@ def test_branches(branch: str, mask_empty: bool, window: int, sinks: int) -> Non
 
 @pytest.mark.parametrize("splits", [1, 4])
 def test_rows_at_different_positions(splits: int) -> None:
-    """One row begins with nothing, one pauses, one is past its window; the mask is a strided slice."""
+    """One row begins with nothing, one pauses early, one past its window; the mask is a strided slice."""
     mask = torch.ones(3, 26, dtype=torch.bool)
     mask[0, :20] = False
     mask[1, 3:20] = False
     mask[1, 22:24] = False
+    mask[2, 23] = False
     compare(case(26, batch=3, dtype=FLOAT), 20, 7, 2, (splits,), mask)
 
 
