@@ -1,4 +1,4 @@
-"""Measure NHA on the CPU against the teacher with its KV cache; write kernels/bench/results/cpu.json and cpu.md.
+"""Measure NHA on the CPU against the teacher with its KV cache; write kernels/bench/results/cpu-bf16.{json,md}.
 
     python tools/bench_cpu.py                                                      Qwen2.5-0.5B's shapes (20 minutes)
     python tools/bench_cpu.py --tokens 512 --layers 2 --vocabulary 1000 --contexts 128 1024 --out /tmp/cpu    seconds
@@ -35,11 +35,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config  # noqa
 
 from nha_convert.convert import nha_config  # noqa: E402
 from nha_convert.gate_init import init_gates  # noqa: E402
-from nha_convert.modeling.attention_nha import teacher_mode  # noqa: E402
+from nha_convert.modeling.attention_nha import nha_layers, teacher_mode  # noqa: E402
 from nha_convert.settings import NHASettings  # noqa: E402
 
 HEADS, GROUPS, DIM, HIDDEN, INTERMEDIATE = 14, 2, 64, 896, 4864
 SLOTS, WINDOW, SINKS = 64, 64, 4
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TARGETS = {"prefill": 2.5, "attention": 8.0, "decode": 6.0, "cache": 50.0}  # times better than the teacher
 
 
@@ -57,12 +58,13 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=10, help="timed decode steps per context; the median counts")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="bf16 is what transformers loads")
     parser.add_argument("--out", type=Path, default=ROOT / "kernels" / "bench" / "results")
     return parser.parse_args()
 
 
 def build(options: argparse.Namespace) -> Any:
-    """The converted model, random weights, fp32, in eval mode."""
+    """The converted model, random weights, gates in fp32 and the rest in `options.dtype`, in eval mode."""
     base = Qwen2Config(
         vocab_size=options.vocabulary,
         hidden_size=HIDDEN,
@@ -77,6 +79,9 @@ def build(options: argparse.Namespace) -> Any:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(nha_config(base, NHASettings(window=WINDOW, slots=SLOTS, sinks=SINKS)))
     init_gates(model, "spread", seed=0)
+    model.to(DTYPES[options.dtype])
+    for _, layer in nha_layers(model):
+        layer.nha.float()
     return model.eval()
 
 
@@ -115,11 +120,15 @@ def measure_prefill(model: Any, options: argparse.Namespace) -> dict[str, float]
 
 def measure_attention(options: argparse.Namespace) -> dict[str, float]:
     """Median seconds of one layer's attention: the op (rotation and final state included) and causal SDPA (without)."""
-    tokens, normal = options.tokens, torch.randn
+    tokens, dtype = options.tokens, DTYPES[options.dtype]
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape).to(dtype)
+
     q, k, v = normal(1, tokens, HEADS, DIM), normal(1, tokens, GROUPS, DIM), normal(1, tokens, GROUPS, DIM)
-    log_decay = log_decay_from_logits(normal(1, tokens, GROUPS, SLOTS) + 3, 8.0)
-    angle = normal(1, tokens, DIM // 2)
-    cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+    log_decay = log_decay_from_logits(torch.randn(1, tokens, GROUPS, SLOTS) + 3, 8.0)
+    angle = torch.randn(1, tokens, DIM // 2)
+    cos, sin = (torch.cat([x] * 2, -1).to(dtype) for x in (angle.cos(), angle.sin()))
     scale, bias = torch.ones(HEADS, DIM), torch.zeros(HEADS)
     query, key, value = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     settings: dict[str, Any] = {
@@ -155,7 +164,7 @@ def filled_cache(model: Any, mode: str, context: int) -> DynamicCache:
     cache: DynamicCache = model.new_cache()
     if mode == "teacher":
         for layer in range(model.config.num_hidden_layers):
-            key, value = torch.randn(2, 1, GROUPS, context, DIM).unbind(0)
+            key, value = torch.randn(2, 1, GROUPS, context, DIM).to(model.dtype).unbind(0)
             cache.update(key.clone(), value.clone(), layer)
         return cache
     ids = torch.randint(0, model.config.vocab_size, (1, min(context, 4 * WINDOW)))
@@ -258,7 +267,7 @@ def page(results: dict[str, Any]) -> str:
         "# CPU",
         "",
         f"Made by `{e['command']}` on {e['date']}, commit {e['commit']}{uncommitted}: {e['cpu']} ({e['capability']}), "
-        f"{e['cores']} cores, {e['threads']} threads, torch {e['torch']}, fp32.",
+        f"{e['cores']} cores, {e['threads']} threads, torch {e['torch']}, {sizes['dtype']} (the op computes in fp32).",
         "",
         f"Random weights in Qwen2.5-0.5B's shapes ({sizes['layers']} layers, vocabulary {sizes['vocabulary']}), every "
         f"layer NHA with W {WINDOW}, M {SLOTS}, {SINKS} sinks. The teacher is the same model in teacher mode, with "
@@ -278,7 +287,7 @@ def main() -> None:
     """Measure and write."""
     options = arguments()
     torch.set_num_threads(options.threads)
-    names = ("tokens", "layers", "vocabulary", "chunk", "repeats", "attention_repeats", "steps")
+    names = ("tokens", "layers", "vocabulary", "chunk", "repeats", "attention_repeats", "steps", "dtype")
     results: dict[str, Any] = {"environment": environment(), "sizes": {name: getattr(options, name) for name in names}}
     with torch.inference_mode():
         results["attention"] = measure_attention(options)
@@ -286,8 +295,8 @@ def main() -> None:
         results["decode"] = measure_decode(model, options)
         results["prefill"] = measure_prefill(model, options)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "cpu.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (options.out / "cpu.md").write_text(page(results), encoding="utf-8")
+    (options.out / f"cpu-{options.dtype}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (options.out / f"cpu-{options.dtype}.md").write_text(page(results), encoding="utf-8")
     print(page(results))
 
 

@@ -153,7 +153,7 @@ def make_state(case: DecodeCase, *, device: torch.device, dtype: torch.dtype, se
             x.copy_(log_decay_from_logits(logits, 8.0))
         elif x.is_floating_point():
             x.normal_(generator=g)
-    angle = torch.randn(state.ring_cos.shape, generator=g, device=device)
+    angle = torch.randn(*state.ring_cos.shape[:2], s.head_dim // 2, generator=g, device=device).repeat(1, 1, 2)
     state.ring_cos.copy_(angle.cos())
     state.ring_sin.copy_(angle.sin())
     state.seen.fill_(case.context)

@@ -1,33 +1,42 @@
 """Compile every kernel ahead of time, without a GPU, and count registers, spills, shared memory and matrix instructions.
 
     python kernels/bench/compile_table.py                  the whole table into kernels/bench/results/compile.{json,md}
-    python kernels/bench/compile_table.py --targets sm_90 --only forward
+    python kernels/bench/compile_table.py --check          exit code 1 where a limit is broken
+    python kernels/bench/compile_table.py --targets sm_90 --cases 'd128-m64-bf16-*' --kernels attend --out /tmp/table
 
-The launches of real calls are recorded instead of run, so what is compiled is what a GPU would be given.
+The launches of real calls are recorded instead of run, so what is compiled is what a GPU would be given. Kernels that
+Triton's cache holds are not compiled again; their time is then unknown.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "0"
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from nha_kernels import tile_call  # noqa: E402
+from bench.environment import commit  # noqa: E402
+from bench.report import write  # noqa: E402
+from nha_kernels.decode_triton import decode_step_triton  # noqa: E402
+from nha_kernels.state import NHAState  # noqa: E402
 from nha_kernels.tile_call import Options, Tensors, TileCall, choose_tiling  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -41,14 +50,44 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB per block
-MATRIX = {
-    "wgmma": r"wgmma\.mma_async",
-    "mma.sync": r"\bmma\.sync",
-    "tcgen05": r"tcgen05\.mma",
-    "mfma": r"v_mfma",
+SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # a block may have
+MATRIX = {"wgmma": r"wgmma\.mma_async", "mma.sync": r"\bmma\.sync", "tcgen05": r"tcgen05\.mma", "mfma": r"v_mfma"}
+FMA = r"\bfma\.rn|\bv_(?:pk_)?fma"  # what exact products of fp32 become where no matrix instruction takes them
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
 }
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+GROUPS, REPEAT, TIME, WINDOW, SINKS = 2, 4, 256, 64, 4
+SIZES = ((128, 64), (128, 32), (128, 128), (64, 64), (96, 64), (256, 64), (128, 256))
+VARIANTS = ("ragged", "initial", "segmented", "bare")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem.
+
+    `recipe` turns on what recipes turn on. `ragged`: padding or cu_seqlens. `initial`: a later chunk of two rows that
+    share cos and sin, with the gradients of lse and of the final state. `segmented`: the state scan in two segments.
+    `bare`: no window, rotation, sinks or learnables, empty slots not masked.
+    """
+
+    head_dim: int
+    slots: int
+    dtype: torch.dtype = torch.bfloat16
+    variant: str = "recipe"
+
+    def __str__(self) -> str:
+        return f"d{self.head_dim}-m{self.slots}-{TYPES[self.dtype]}-{self.variant}"
+
+
+def plan() -> list[tuple[Case, tuple[str, ...]]]:
+    """Every case with its targets."""
+    cases = [Case(d, m) for d, m in SIZES] + [Case(128, 64, x) for x in (torch.float16, torch.float32)]
+    return [(c, tuple(TARGETS)) for c in cases] + [(Case(128, 64, variant=v), ("sm_90",)) for v in VARIANTS]
 
 
 @dataclass
@@ -63,30 +102,36 @@ class Launch:
 
 @dataclass
 class Row:
-    """What one kernel needs on one target; sizes in bytes."""
+    """What one kernel needs on one target; registers and spilled bytes of a thread, shared bytes of a block."""
 
+    of: str  # forward, backward, decode, decode split
     kernel: str
     target: str
     head_dim: int
     slots: int
     dtype: str
-    warps: int
-    stages: int
-    registers: int
-    spills: int
-    shared: int
-    matrix: dict[str, int]
-    seconds: float
+    variant: str
+    warps: int = 0
+    stages: int = 0
+    rows: int = 0  # BT
+    tile: str = ""
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    dots: int = 0  # matrix products in the source, as Triton's first stage has them
+    matrix: dict[str, int] = field(default_factory=dict)
+    seconds: float | None = None  # None: from the cache
     error: str = ""
+    broken: list[str] = field(default_factory=list)
 
 
-def record(call: Any) -> list[Launch]:
+def record(call: Callable[[], object]) -> list[Launch]:
     """Launches that `call()` makes, none of which runs."""
     launches: list[Launch] = []
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         names = kernel.arg_names
-        values = dict(zip(names, args, strict=False)) | {n: options[n] for n in names if n in options}
+        values = dict(zip(names, args)) | {n: options[n] for n in names if n in options}
         constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
         signature = {n: "constexpr" if n in constants else _type(values[n]) for n in names}
         extra = {n: v for n, v in options.items() if n in ("num_warps", "num_stages")}
@@ -103,71 +148,120 @@ def _type(value: Any) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def prefill(dim: int, slots: int, dtype: torch.dtype, arch: str, group: str) -> list[Launch]:
-    """The launches of a forward and a backward pass with every option that a recipe turns on."""
-    groups, repeat, time_, window, sinks = 2, 4, 256, 64, 4
-
-    def full(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.zeros(*shape, dtype=dtype)
-
-    heads = groups * repeat
+def prefill(case: Case, arch: str, backward: bool) -> list[Launch]:
+    """Launches of a forward or a backward pass."""
+    bare, initial, ragged = (case.variant == n for n in ("bare", "initial", "ragged"))
+    documents, heads = 2 if initial or ragged else 1, GROUPS * REPEAT
+    sinks, window = (0, 0) if bare else (SINKS, WINDOW)
+    past = window + sinks if initial else 0
+    places = TIME + documents * past
+    numbers = torch.zeros(documents, dtype=torch.int64)
+    turns = torch.zeros(places // documents if initial else places, case.head_dim, dtype=case.dtype)
+    states = torch.zeros(2, documents, GROUPS, case.slots, case.head_dim)
     x = Tensors(
-        q=full(time_, heads, dim),
-        k=full(time_, groups, dim),
-        v=full(time_, groups, dim),
-        log_decay=full(time_, groups, slots, dtype=torch.float32),
-        cos=full(time_, dim),
-        sin=full(time_, dim),
-        slot_q_scale=full(heads, dim, dtype=torch.float32),
-        slot_bias=full(heads, dtype=torch.float32),
-        initial=None,
-        seen=None,
-        starts=None,
-        lengths=None,
+        q=torch.zeros(TIME, heads, case.head_dim, dtype=case.dtype),
+        k=torch.zeros(places, GROUPS, case.head_dim, dtype=case.dtype),
+        v=torch.zeros(places, GROUPS, case.head_dim, dtype=case.dtype),
+        log_decay=torch.zeros(places, GROUPS, case.slots),
+        cos=None if bare else turns,
+        sin=None if bare else turns,
+        slot_q_scale=None if bare else torch.zeros(heads, case.head_dim),
+        slot_bias=None if bare else torch.zeros(heads),
+        initial=states if initial else None,
+        seen=numbers if initial else None,
+        starts=numbers if ragged else None,
+        lengths=numbers if ragged else None,
     )
-    options = Options(window, sinks, 0, dim**-0.5, True, True, True, True)
-    call = TileCall(x, options, 1, choose_tiling(dim, slots, dtype, arch))
-    if group == "forward":
+    options = Options(window, sinks, past, case.head_dim**-0.5, not bare, True, not bare, True)
+    tiling = choose_tiling(case.head_dim, case.slots, case.dtype, arch, backward)
+    if case.variant == "segmented":
+        tiling = replace(tiling, segments=2)
+    call = TileCall(x, options, documents, tiling, backward)
+    if not backward:
         return record(call.forward)
-    lse = full(time_, heads, dtype=torch.float32)
-    return record(lambda: call.backward(x.q, lse, x.q, None, None))
+    lse = torch.zeros(TIME, heads)
+    return record(lambda: call.backward(x.q, lse, x.q, lse if initial else None, states if initial else None))
 
 
-def compile_launch(launch: Launch, target: GPUTarget) -> Any:
-    """Compile for a target; pointers are taken to be aligned to 16 bytes, as torch allocates them."""
-    names = list(launch.signature)
-    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if launch.signature[n].startswith("*")}
-    source = ASTSource(fn=launch.kernel, signature=launch.signature, constexprs=launch.constants, attrs=attributes)
-    return triton.compile(source, target=target, options=dict(launch.options))
-
-
-def measure(launch: Launch, name: str, dim: int, slots: int, dtype: torch.dtype) -> Row:
-    """Compile one launch for one target and read its resources."""
-    row = Row(
-        kernel=launch.kernel.__name__,
-        target=name,
-        head_dim=dim,
-        slots=slots,
-        dtype=TYPES[dtype],
-        warps=launch.options.get("num_warps", 4),
-        stages=launch.options.get("num_stages", 3),
-        registers=0,
-        spills=0,
-        shared=0,
-        matrix={},
-        seconds=0.0,
+def decode(case: Case, splits: int) -> list[Launch]:
+    """Launches of one decoding step; `ragged` takes a padding mask."""
+    bare, heads = case.variant == "bare", GROUPS * REPEAT
+    sinks, window = (0, 0) if bare else (SINKS, WINDOW)
+    sizes, rotary = (1, GROUPS, case.slots, case.head_dim), 0 if bare else case.head_dim
+    state = NHAState.new(*sizes, window=window, sinks=sinks, rotary_dim=rotary, dtype=case.dtype)
+    turns = None if bare else torch.zeros(1, 1, case.head_dim, dtype=case.dtype)
+    new = torch.zeros(1, 1, GROUPS, case.head_dim, dtype=case.dtype)
+    return record(
+        lambda: decode_step_triton(
+            torch.zeros(1, 1, heads, case.head_dim, dtype=case.dtype),
+            new,
+            new,
+            torch.zeros(1, 1, GROUPS, case.slots),
+            state,
+            cos=turns,
+            sin=turns,
+            scale=None,
+            mask_empty=not bare,
+            slot_q_scale=None if bare else torch.zeros(heads, case.head_dim),
+            slot_bias=None if bare else torch.zeros(heads),
+            padding_mask=torch.ones(1, 1, dtype=torch.bool) if case.variant == "ragged" else None,
+            branch="slots" if bare else "both",
+            splits=splits,
+        )
     )
-    begin = time.monotonic()
+
+
+def launches(case: Case, arch: str) -> Iterator[tuple[str, Launch]]:
+    """Every launch of a case, each with what it is part of."""
+    for of, some in (
+        ("forward", lambda: prefill(case, arch, False)),
+        ("backward", lambda: prefill(case, arch, True)),
+        ("decode", lambda: decode(case, 1)),
+        ("decode split", lambda: decode(case, 2)),
+    ):
+        if case.variant not in ("initial", "segmented") or "decode" not in of:
+            yield from ((of, x) for x in some())
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> tuple[Any, float | None]:
+    """Compile for a target, with what the launcher would know of pointers: aligned, and on AMD under 2 GiB.
+
+    Returns:
+        the kernel and the seconds it took, None if the cache had it.
+    """
+    known = [["tt.divisibility", 16]] + ([["tt.pointer_range", 32]] if target.backend == "hip" else [])
+    types = list(launch.signature.values())
+    attributes = {(i,): known for i, t in enumerate(types) if t.startswith("*")}
+    source = ASTSource(fn=launch.kernel, signature=launch.signature, constexprs=launch.constants, attrs=attributes)
+    seconds: list[float | None] = []
+
+    def listen(*, times: Any, cache_hit: bool, **_: Any) -> None:
+        seconds.append(None if cache_hit else round(times.total / 1e6, 2))
+
+    with mock.patch.object(triton.knobs.compilation, "listener", listen):
+        built = triton.compile(source, target=target, options=dict(launch.options))
+    return built, seconds[-1]
+
+
+def measure(launch: Launch, of: str, case: Case, target: str) -> Row:
+    """Compile one launch for one target and read its resources."""
+    row = Row(of, launch.kernel.__name__, target, case.head_dim, case.slots, TYPES[case.dtype], case.variant)
+    blocks = [n for n in ("BT", "BN", "BM", "BD") if n in launch.constants]
+    row.rows, row.tile = launch.constants.get("BT", 0), " ".join(f"{n}{launch.constants[n]}" for n in blocks)
+    row.warps, row.stages = launch.options.get("num_warps", 4), launch.options.get("num_stages", 3)
     try:
-        built = compile_launch(launch, TARGETS[name])
-    except Exception as error:
-        row.error = " ".join(str(error).split())[-300:]
-        return row
-    row.seconds = round(time.monotonic() - begin, 1)
-    row.shared = built.metadata.shared
-    text = built.asm["ptx"] if name.startswith("sm_") else built.asm["amdgcn"]
-    row.matrix = {k: len(re.findall(p, text)) for k, p in MATRIX.items() if re.search(p, text)}
-    row.registers, row.spills = _nvidia(built.asm["cubin"]) if name.startswith("sm_") else _amd(text)
+        built, row.seconds = compile_launch(launch, TARGETS[target])
+    except Exception as error:  # whatever the compiler throws is a result
+        row.error = f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
+    else:
+        nvidia = TARGETS[target].backend == "cuda"
+        text = built.asm["ptx" if nvidia else "amdgcn"]
+        kinds = MATRIX | ({"fma": FMA} if case.dtype == torch.float32 else {})
+        row.shared = built.metadata.shared
+        row.dots = len(re.findall(r"\btt\.dot\b", built.asm["ttir"]))
+        row.matrix = {k: n for k, p in kinds.items() if (n := len(re.findall(p, text)))}
+        row.registers, row.spills = _nvidia(built.asm["cubin"]) if nvidia else _amd(text)
+    row.broken = broken(row)
     return row
 
 
@@ -184,45 +278,122 @@ def _nvidia(cubin: bytes) -> tuple[int, int]:
 
 
 def _amd(text: str) -> tuple[int, int]:
-    """Vector registers per thread and bytes spilled per thread."""
+    """Vector registers per thread (accumulators included) and bytes of private memory per thread."""
 
-    def field(name: str) -> int:
+    def number(name: str) -> int:
         found = re.search(rf"\.{name}:?\s+(\d+)", text)
-        return int(found[1]) if found else 0
+        assert found, name
+        return int(found[1])
 
-    return field("vgpr_count"), 4 * field("vgpr_spill_count")
-
-
-CASES = [(128, 64), (128, 32), (128, 128), (64, 64), (96, 64), (256, 64)]
+    return number("vgpr_count"), max(4 * number("vgpr_spill_count"), number("private_segment_fixed_size"))
 
 
-def rows(targets: list[str], group: str, cases: list[tuple[int, int]], dtype: torch.dtype) -> Iterator[Row]:
-    """Every kernel of every case on every target."""
-    for dim, slots in cases:
-        for name in targets:
-            with mock.patch.object(tile_call, "INTERPRETED", False):
-                for launch in [
-                    x
-                    for g in ("forward", "backward")
-                    if group in (g, "all")
-                    for x in prefill(dim, slots, dtype, name, g)
-                ]:
-                    if group == "backward" or launch.kernel.__name__ != "tile_states" or g_forward(launch):
-                        yield measure(launch, name, dim, slots, dtype)
+def spill_limit(row: Row) -> int | None:
+    """Bytes that this kernel may spill, None where nothing is asked for."""
+    if (row.head_dim, row.slots, row.dtype) != (128, 64, "bf16") or "decode" in row.of:
+        return None
+    if row.of == "backward":
+        return 160
+    return 16 if row.target.startswith("sm_8") else 0
 
 
-def g_forward(launch: Launch) -> bool:
-    return True
+def broken(row: Row) -> list[str]:
+    """Limits that a row breaks."""
+    if row.error:
+        return ["does not compile"]
+    out = []
+    if row.dots and not row.matrix:  # an empty kernel compiles without complaint
+        out.append("no matrix instruction")
+    if row.shared > SHARED_KIB[row.target] * 1024:
+        out.append(f"shared memory over {SHARED_KIB[row.target]} KiB")
+    limit = spill_limit(row)
+    if limit is not None and row.spills > limit:
+        out.append(f"spills over {limit} bytes")
+    return out
+
+
+def table(cases: list[tuple[Case, list[str]]], kernels: str) -> Iterator[Row]:
+    """Every kernel whose name matches, of every case on its targets."""
+    for case, targets in cases:
+        for target in targets:
+            for of, launch in launches(case, target):
+                if fnmatchcase(launch.kernel.__name__, kernels):
+                    yield measure(launch, of, case, target)
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the page."""
+    matrix = ", ".join(f"{n} {k}" for k, n in row.matrix.items()) or "-"
+    name = row.kernel if row.of in ("forward", "decode") else f"{row.kernel} ({row.of})"
+    size = [str(row.head_dim), str(row.slots), row.dtype, row.variant, str(row.warps), str(row.stages), row.tile]
+    used = [str(row.registers), str(row.spills), f"{row.shared / 1024:.0f}", matrix]
+    seconds = "cached" if row.seconds is None else f"{row.seconds:.1f}"
+    return [name, row.target, *size, *used, seconds, "; ".join([*row.broken, row.error]).strip("; ")]
+
+
+def page(results: dict[str, Any], rows: list[Row]) -> str:
+    """The table in Markdown."""
+    dirty = ", with changes" if results["commit"]["dirty"] else ""
+    failed = sum(bool(r.broken) for r in rows)
+    heads = "kernel target d M dtype variant warps stages tile registers spills shared matrix seconds broken".split()
+    lines = [
+        "# Kernels compiled ahead of time",
+        "",
+        f"Triton {results['triton']}, torch {results['torch']}, commit {results['commit']['commit']}{dirty}, "
+        f"{results['date']}: `{results['command']}`. No GPU ran any of it.",
+        "",
+        "Registers and spilled bytes of a thread, shared KiB of a block, matrix instructions by kind (as they stand in "
+        "the code; `fma` in fp32, whose products are exact), seconds to compile (`cached`: Triton's cache had it). "
+        "Tile: BT rows, BN window keys, BM slots, BD dimensions. Variants: see `Case` in `compile_table.py`.",
+        "",
+        f"{len(rows)} kernels, {failed} break a limit.",
+        "",
+        "| " + " | ".join(heads) + " |",
+        "|" + "---|" * len(heads),
+    ]
+    return "\n".join(lines + ["| " + " | ".join(cells(r)).replace("\n", " ") + " |" for r in rows]) + "\n"
+
+
+def save(out: Path, rows: list[Row], arguments: list[str]) -> None:
+    """Write compile.json and compile.md, each beside its place first."""
+    results = {
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "commit": commit(ROOT, None),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "kernels/bench/compile_table.py", *arguments]),
+        "rows": [asdict(r) for r in rows],
+    }
+    texts = {"compile.json": json.dumps(results, indent=1) + "\n", "compile.md": page(results, rows)}
+    for name, text in texts.items():
+        write(out / name, lambda p, text=text: p.write_text(text, encoding="utf-8"))
+
+
+def main(arguments: list[str]) -> int:
+    """Compile, show and write the table."""
+    parser = argparse.ArgumentParser(description="Compile every kernel ahead of time, without a GPU.")
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--cases", nargs="+", default=["*"], metavar="GLOB", help="as in d128-m64-bf16-recipe")
+    parser.add_argument("--kernels", default="*", metavar="GLOB")
+    parser.add_argument("--check", action="store_true", help="exit code 1 where a limit is broken")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of compile.json and compile.md")
+    args = parser.parse_args(arguments)
+    chosen = [
+        (case, [t for t in args.targets if t in targets])
+        for case, targets in plan()
+        if any(fnmatchcase(str(case), glob) for glob in args.cases)
+    ]
+    rows = []
+    for row in table(chosen, args.kernels):
+        print(*cells(row), sep="  ", flush=True)
+        rows.append(row)
+    if not rows:
+        parser.error("no case, target and kernel fit; cases: " + ", ".join(str(c) for c, _ in plan()))
+    save(args.out, rows, [x if x != str(args.out) else "DIR" for x in arguments])
+    failed = [row for row in rows if row.broken]
+    print(f"{len(rows)} kernels, {len(failed)} break a limit")
+    return 1 if failed and args.check else 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--targets", nargs="*", default=list(TARGETS))
-    parser.add_argument("--only", default="all")
-    parser.add_argument("--cases", nargs="*", default=["128x64"])
-    args = parser.parse_args()
-    for row in rows(args.targets, args.only, [tuple(map(int, c.split("x"))) for c in args.cases], torch.bfloat16):
-        print(
-            f"{row.kernel:14} {row.target:7} d{row.head_dim} M{row.slots} w{row.warps} s{row.stages} regs {row.registers} spill {row.spills} shared {row.shared / 1024:.0f}K {row.matrix} {row.seconds}s {row.error}",
-            flush=True,
-        )
+    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """Backward pass, query side: gradient of the queries, and the softmax weights on the slots with their gradients.
 
-With P the weights, dP their gradient and delta = do . o - dlse, score gradients are dS = P (dP - delta); on the slots dP
-has the form of the scores with (do, V) in place of (q, K).
+With P the weights, dP their gradient and delta = do . o - dlse, score gradients are dS = P (dP - delta); on the slots
+dP has the form of the scores with (do, V) in place of (q, K).
 
 Legend: as in triton_common and scan.
 """
@@ -37,35 +37,34 @@ from .triton_common import (
 def read_keys(
     grads, faded, state_k, k, g2, log_decay, decay, i, row_ok, t0, length, hidden, m, m_ok, j, col_a, col_b,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
-    DECAY_PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    DECAY_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What score gradients [BT,BM] read from the slot keys, halves [BT,BH]; `faded` is grads 2^G."""
     dtype = k.dtype.element_ty
     at = m[:, None] * D
     ok = m_ok[:, None] & (j < D // 2)[None, :]
-    acc_a = dot(faded, tl.load(state_k + at + col_a[None, :], mask=ok, other=0.0), PRECISION, INTERPRET)
-    acc_b = dot(faded, tl.load(state_k + at + col_b[None, :], mask=ok, other=0.0), PRECISION, INTERPRET)
+    acc_a = dot(faded, tl.load(state_k + at + col_a[None, :], mask=ok, other=0.0), PRECISION)
+    acc_b = dot(faded, tl.load(state_k + at + col_b[None, :], mask=ok, other=0.0), PRECISION)
     for first in tl.range(t0, t0 + BT, BC, num_stages=1):
         write, middle = lifted_writes(g2, log_decay, first, length, hidden, G * M, m, m_ok, BC)
         token = first + tl.arange(0, BC)
         fall = tl.where((row_ok & (i >= first))[:, None], tl.exp2(decay - middle[None, :]), 0.0)
-        mixed = dot(grads * fall, tl.trans(write), DECAY_PRECISION, INTERPRET)
+        mixed = dot(grads * fall, tl.trans(write), DECAY_PRECISION)
         mixed = narrow(tl.where(i[:, None] >= token[None, :], mixed, 0.0), dtype)
         token_ok = ((token >= hidden) & (token < length))[:, None] & (j < D // 2)[None, :]
         token_at = tl.arange(0, BC)[:, None] * (G * D)
         base = k + wide(first) * (G * D)
-        acc_a += dot(mixed, tl.load(base + token_at + col_a[None, :], mask=token_ok, other=0.0), PRECISION, INTERPRET)
-        acc_b += dot(mixed, tl.load(base + token_at + col_b[None, :], mask=token_ok, other=0.0), PRECISION, INTERPRET)
+        acc_a += dot(mixed, tl.load(base + token_at + col_a[None, :], mask=token_ok, other=0.0), PRECISION)
+        acc_b += dot(mixed, tl.load(base + token_at + col_b[None, :], mask=token_ok, other=0.0), PRECISION)
     return acc_a, acc_b
 
 
 @triton.jit
 def slot_block(
-    m, q_a, q_b, grad_a, grad_b, state_k, state_v, k, v, g2, log_decay, slot_weights, slot_grads, decay_grads, log_sum, drop,
-    n, i, row_ok, t0, length, hidden, j, col_a, col_b, scale_a, scale_b, scale, bias2,
+    m, q_a, q_b, grad_a, grad_b, state_k, state_v, k, v, g2, log_decay, slot_weights, slot_grads, decay_grads, log_sum,
+    drop, n, i, row_ok, t0, length, hidden, j, col_a, col_b, scale_a, scale_b, scale, bias2,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
     MASK_EMPTY: tl.constexpr, HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr, DECAY_PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Store weights, score gradients and what acts on the running decay, for slots m.
 
@@ -81,12 +80,12 @@ def slot_block(
     decay = tl.load(tile_g2 + n[:, None] * (G * M) + m[None, :], mask=keep, other=0.0)
     scores, own_k = slot_products(
         q_a, q_b, state_k, k, g2, log_decay, decay, i, row_ok, t0, length, hidden, m, m_ok, j, col_a, col_b, scale_a,
-        scale_b, G, D, M, BT, BC, HAS_SCALE, True, PRECISION, DECAY_PRECISION, INTERPRET,
+        scale_b, G, D, M, BT, BC, HAS_SCALE, True, PRECISION, DECAY_PRECISION,
     )  # fmt: skip
     tl.debug_barrier()  # one after the other, or the registers do not suffice
     grads, own_v = slot_products(
         grad_a, grad_b, state_v, v, g2, log_decay, decay, i, row_ok, t0, length, hidden, m, m_ok, j, col_a, col_b, 1.0,
-        1.0, G, D, M, BT, BC, False, True, PRECISION, DECAY_PRECISION, INTERPRET,
+        1.0, G, D, M, BT, BC, False, True, PRECISION, DECAY_PRECISION,
     )  # fmt: skip
     ok = keep
     if MASK_EMPTY:
@@ -109,7 +108,7 @@ def slot_block(
     tl.debug_barrier()
     read_a, read_b = read_keys(
         grads, faded, state_k, k, g2, log_decay, decay, i, row_ok, t0, length, hidden, m, m_ok, j, col_a, col_b,
-        G, D, M, BT, BC, PRECISION, DECAY_PRECISION, INTERPRET,
+        G, D, M, BT, BC, PRECISION, DECAY_PRECISION,
     )  # fmt: skip
     return read_a, read_b, tl.sum(grads, 1)
 
@@ -124,9 +123,8 @@ def query_side(
     SLOTS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK_EMPTY: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr, RAGGED: tl.constexpr,
     SEEN: tl.constexpr, SHARED_COS: tl.constexpr, PRECISION: tl.constexpr, DECAY_PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """dq, delta, slot weights and their score gradients, and this tile's share of the parameters' and sinks' gradient."""
+    """dq, delta, slot weights with their score gradients, and this tile's share of the parameters' and sinks'."""
     tile = tl.program_id(0) // H
     h = tl.program_id(0) % H
     g = h // (H // G)
@@ -190,9 +188,10 @@ def query_side(
         state_v = state_k + total_tiles.to(tl.int64) * (G * M * D)
         for block in tl.static_range((M + BM - 1) // BM):
             read_a, read_b, sums = slot_block(
-                block * BM + tl.arange(0, BM), q_a, q_b, grad_a, grad_b, state_k, state_v, rows_k, rows_v, rows_g2, rows_decay,
-                slot_weights, slot_grads, decay_grads, log_sum, drop, n, i, row_ok, t0, length, hidden, j, col_a,
-                col_b, scale_a, scale_b, scale, bias2, H, G, D, M, BT, BC, MASK_EMPTY, HAS_SCALE, PRECISION, DECAY_PRECISION, INTERPRET,
+                block * BM + tl.arange(0, BM), q_a, q_b, grad_a, grad_b, state_k, state_v, rows_k, rows_v, rows_g2,
+                rows_decay, slot_weights, slot_grads, decay_grads, log_sum, drop, n, i, row_ok, t0, length, hidden, j,
+                col_a, col_b, scale_a, scale_b, scale, bias2, H, G, D, M, BT, BC, MASK_EMPTY, HAS_SCALE, PRECISION,
+                DECAY_PRECISION,
             )  # fmt: skip
             bias_sum += sums
             if block == 0:  # nothing is held while the first scores are made
@@ -234,15 +233,15 @@ def query_side(
             k_a = tl.load(turned + key_at + col_a[None, :], mask=key_ok, other=0.0)
             k_b = tl.load(turned + key_at + col_b[None, :], mask=key_ok, other=0.0)
             values = tl.load(v + key_at + d[None, :], mask=s_ok[:, None] & (d < D)[None, :], other=0.0)
-            scores = dot(q_a, tl.trans(k_a), PRECISION, INTERPRET) + dot(q_b, tl.trans(k_b), PRECISION, INTERPRET)
+            scores = dot(q_a, tl.trans(k_a), PRECISION) + dot(q_b, tl.trans(k_b), PRECISION)
             seen_ok = (s_ok[None, :] & (s[None, :] <= i[:, None] + (W + S - hidden))) & row_ok[:, None]
             weights = tl.where(seen_ok, tl.exp2(scores * scale2 - log_sum[:, None]), 0.0)
-            grads = weights * (dot(grad, tl.trans(values), PRECISION, INTERPRET) - drop[:, None])
+            grads = weights * (dot(grad, tl.trans(values), PRECISION) - drop[:, None])
             grads = narrow(grads, dtype)
-            acc_a += dot(grads, k_a, PRECISION, INTERPRET)
-            acc_b += dot(grads, k_b, PRECISION, INTERPRET)
-            sink_a = dot(tl.trans(grads), q_a, PRECISION, INTERPRET)
-            sink_b = dot(tl.trans(grads), q_b, PRECISION, INTERPRET)
+            acc_a += dot(grads, k_a, PRECISION)
+            acc_b += dot(grads, k_b, PRECISION)
+            sink_a = dot(tl.trans(grads), q_a, PRECISION)
+            sink_b = dot(tl.trans(grads), q_b, PRECISION)
             if P > 0:
                 sink_row = doc * 0 if SHARED_COS else key0
                 sink_cosine, sink_sine = load_turn(cos, sin, sink_row, s, j, s_ok, P)
@@ -251,7 +250,7 @@ def query_side(
             sink_keep = (s < S)[:, None] & (j < D // 2)[None, :]
             tl.store(part_sink + sink_at + col_a[None, :], sink_a * scale, mask=sink_keep)
             tl.store(part_sink + sink_at + col_b[None, :], sink_b * scale, mask=sink_keep)
-            sink_v = dot(tl.trans(narrow(weights, dtype)), grad, PRECISION, INTERPRET)
+            sink_v = dot(tl.trans(narrow(weights, dtype)), grad, PRECISION)
             tl.store(part_sink + sink_at + D + d[None, :], sink_v, mask=(s < S)[:, None] & (d < D)[None, :])
     if WINDOW:
         low = tl.maximum(tl.maximum(t0 + past - W + 1, hidden + past - W), 0)
@@ -265,17 +264,16 @@ def query_side(
             k_a = tl.load(turned + base + key_at + col_a[None, :], mask=key_ok, other=0.0)
             k_b = tl.load(turned + base + key_at + col_b[None, :], mask=key_ok, other=0.0)
             values = tl.load(v + base + key_at + d[None, :], mask=x_ok[:, None] & (d < D)[None, :], other=0.0)
-            scores = dot(q_a, tl.trans(k_a), PRECISION, INTERPRET) + dot(q_b, tl.trans(k_b), PRECISION, INTERPRET)
+            scores = dot(q_a, tl.trans(k_a), PRECISION) + dot(q_b, tl.trans(k_b), PRECISION)
             age = i[:, None] + past - x[None, :]
             seen_ok = (age >= 0) & (age < W) & x_ok[None, :] & row_ok[:, None]
             weights = tl.where(seen_ok, tl.exp2(scores * scale2 - log_sum[:, None]), 0.0)
-            grads = weights * (dot(grad, tl.trans(values), PRECISION, INTERPRET) - drop[:, None])
+            grads = weights * (dot(grad, tl.trans(values), PRECISION) - drop[:, None])
             grads = narrow(grads, dtype)
-            acc_a += dot(grads, k_a, PRECISION, INTERPRET)
-            acc_b += dot(grads, k_b, PRECISION, INTERPRET)
-    if WINDOW or SINKS:
-        if P > 0:
-            cosine, sine = load_turn(cos, sin, turn_row, n, j, row_ok, P)
-            acc_a, acc_b = turn(acc_a, acc_b, cosine, -sine)
+            acc_a += dot(grads, k_a, PRECISION)
+            acc_b += dot(grads, k_b, PRECISION)
+    if (WINDOW or SINKS) and P > 0:
+        cosine, sine = load_turn(cos, sin, turn_row, n, j, row_ok, P)
+        acc_a, acc_b = turn(acc_a, acc_b, cosine, -sine)
     tl.store(dq + q_at + col_a[None, :], narrow(acc_a * scale, dtype), mask=head_ok)
     tl.store(dq + q_at + col_b[None, :], narrow(acc_b * scale, dtype), mask=head_ok)

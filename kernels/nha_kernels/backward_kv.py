@@ -67,7 +67,7 @@ def key_side(
     BC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
     SLOTS: tl.constexpr, STATES: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK_EMPTY: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr, SEEN: tl.constexpr,
-    SHARED_COS: tl.constexpr, PRECISION: tl.constexpr, DECAY_PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    SHARED_COS: tl.constexpr, PRECISION: tl.constexpr, DECAY_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of the tokens that one tile absorbs."""
     R: tl.constexpr = H // G
@@ -121,10 +121,10 @@ def key_side(
             to_state = narrow(write * to_end, dtype)
             at = m[:, None] * D
             ok = m_ok[:, None] & (j < D // 2)[None, :]
-            acc_a += dot(to_state, tl.load(handed_k + at + col_a[None, :], mask=ok, other=0.0), PRECISION, INTERPRET)
-            acc_b += dot(to_state, tl.load(handed_k + at + col_b[None, :], mask=ok, other=0.0), PRECISION, INTERPRET)
+            acc_a += dot(to_state, tl.load(handed_k + at + col_a[None, :], mask=ok, other=0.0), PRECISION)
+            acc_b += dot(to_state, tl.load(handed_k + at + col_b[None, :], mask=ok, other=0.0), PRECISION)
             ok = m_ok[:, None] & (d < D)[None, :]
-            acc_v += dot(to_state, tl.load(handed_v + at + d[None, :], mask=ok, other=0.0), PRECISION, INTERPRET)
+            acc_v += dot(to_state, tl.load(handed_v + at + d[None, :], mask=ok, other=0.0), PRECISION)
             if SLOTS:
                 for r in tl.range(0, R, num_stages=1):
                     head = row0 + r
@@ -134,7 +134,7 @@ def key_side(
                     mix = tl.zeros([BT, BT], tl.float32)
                     for first in tl.range(0, BT, BC, num_stages=1):
                         fall, rise = own_rise(g2, decay, n, row_ok, first, length - t0, m, m_ok, G * M, BC)
-                        mix += dot(write * rise, tl.trans(grads * fall), DECAY_PRECISION, INTERPRET)
+                        mix += dot(write * rise, tl.trans(grads * fall), DECAY_PRECISION)
                     mix = narrow(tl.where(before, mix, 0.0), dtype)
                     rows_ok = row_ok[:, None] & (j < D // 2)[None, :]
                     q_a = tl.load(q + head * D + n[:, None] * (H * D) + col_a[None, :], mask=rows_ok, other=0.0)
@@ -146,17 +146,17 @@ def key_side(
                         q_a = narrow(q_a.to(tl.float32) * scale_a[None, :], dtype)
                         q_b = narrow(q_b.to(tl.float32) * scale_b[None, :], dtype)
                     # the handed adjoint already holds the scale; here it is taken out again at the end
-                    acc_a += dot(mix, q_a, PRECISION, INTERPRET) * scale
-                    acc_b += dot(mix, q_b, PRECISION, INTERPRET) * scale
+                    acc_a += dot(mix, q_a, PRECISION) * scale
+                    acc_b += dot(mix, q_b, PRECISION) * scale
                     weights = tl.load(slot_weights + head * M + slot_at, mask=keep, other=0.0).to(tl.float32)
                     mix = tl.zeros([BT, BT], tl.float32)
                     for first in tl.range(0, BT, BC, num_stages=1):
                         fall, rise = own_rise(g2, decay, n, row_ok, first, length - t0, m, m_ok, G * M, BC)
-                        mix += dot(write * rise, tl.trans(weights * fall), DECAY_PRECISION, INTERPRET)
+                        mix += dot(write * rise, tl.trans(weights * fall), DECAY_PRECISION)
                     mix = narrow(tl.where(before, mix, 0.0), dtype)
                     grad_ok = row_ok[:, None] & (d < D)[None, :]
                     grad = tl.load(do + head * D + n[:, None] * (H * D) + d[None, :], mask=grad_ok, other=0.0)
-                    acc_v += dot(mix, grad, PRECISION, INTERPRET)
+                    acc_v += dot(mix, grad, PRECISION)
 
     if WINDOW:
         turn_row = place0 - (key0 if SHARED_COS else doc * 0)
@@ -188,15 +188,15 @@ def key_side(
                 log_sum = tl.load(lse + head + at * H, mask=query_ok, other=0.0)
                 log_sum = tl.where(log_sum == NEG_INF, 0.0, log_sum) * LOG2E
                 drop = tl.load(delta + head + at * H, mask=query_ok, other=0.0)
-                scores = dot(k_a, tl.trans(q_a), PRECISION, INTERPRET) + dot(k_b, tl.trans(q_b), PRECISION, INTERPRET)
+                scores = dot(k_a, tl.trans(q_a), PRECISION) + dot(k_b, tl.trans(q_b), PRECISION)
                 age = query[None, :] + past - x[:, None]
                 ok = (age >= 0) & (age < W) & query_ok[None, :] & exact[:, None]
                 weights = tl.where(ok, tl.exp2(scores * (scale * LOG2E) - log_sum[None, :]), 0.0)
-                acc_v += dot(narrow(weights, dtype), grad, PRECISION, INTERPRET)
-                grads = weights * (dot(values, tl.trans(grad), PRECISION, INTERPRET) - drop[None, :])
+                acc_v += dot(narrow(weights, dtype), grad, PRECISION)
+                grads = weights * (dot(values, tl.trans(grad), PRECISION) - drop[None, :])
                 grads = narrow(grads * scale, dtype)
-                acc_a += dot(grads, q_a, PRECISION, INTERPRET)
-                acc_b += dot(grads, q_b, PRECISION, INTERPRET)
+                acc_a += dot(grads, q_a, PRECISION)
+                acc_b += dot(grads, q_b, PRECISION)
         if P > 0:
             cosine, sine = load_turn(cos, sin, turn_row, n, j, x_ok, P)
             acc_a, acc_b = turn(acc_a, acc_b, cosine, -sine)
@@ -219,7 +219,6 @@ def gate_side(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, SLOTS: tl.constexpr, HAS_SCALE: tl.constexpr,
     RAGGED: tl.constexpr, SEEN: tl.constexpr, PRECISION: tl.constexpr, DECAY_PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the log decay of the tokens that one tile absorbs, for BM slots; 0 for tokens never absorbed."""
     R: tl.constexpr = H // G
@@ -279,7 +278,7 @@ def gate_side(
             token = tl.load(k + x_at, mask=x_keep, other=0.0)
         else:
             token = tl.load(v + x_at, mask=x_keep, other=0.0)
-        to_state += dot(token, tl.trans(adjoint), PRECISION, INTERPRET) * to_end
+        to_state += dot(token, tl.trans(adjoint), PRECISION) * to_end
         if SLOTS:
             for r in tl.range(0, R, num_stages=1):
                 head = row0 + r
@@ -294,21 +293,21 @@ def gate_side(
                     if HAS_SCALE:
                         factor = tl.load(slot_q_scale + (g * R + r) * D + d, mask=d < D, other=0.0)
                         rows = narrow(rows.to(tl.float32) * factor[None, :], dtype)
-                    pairs = dot(token, tl.trans(rows), PRECISION, INTERPRET) * scale
+                    pairs = dot(token, tl.trans(rows), PRECISION) * scale
                 else:
                     weights = tl.load(slot_weights + slot_at, mask=keep, other=0.0).to(tl.float32)
                     rows = tl.load(do + full_at, mask=full_ok, other=0.0)
-                    pairs = dot(token, tl.trans(rows), PRECISION, INTERPRET)
+                    pairs = dot(token, tl.trans(rows), PRECISION)
                 to_own += tl.sum(tl.where(same, pairs, 0.0), 1)[:, None] * weights
                 pairs = tl.where(before, pairs, 0.0)
                 for first in tl.range(0, BT, BC, num_stages=1):
                     fall, rise = own_rise(g2, decay, n, row_ok, first, length - t0, m, m_ok, G * M, BC)
-                    to_pairs += dot(pairs, weights * fall, DECAY_PRECISION, INTERPRET) * rise
+                    to_pairs += dot(pairs, weights * fall, DECAY_PRECISION) * rise
     through *= tl.exp2(tl.sum(tl.where((i == tl.minimum(t0 + BT, length) - 1)[:, None], decay, 0.0), 0))
     change = from_rows - write * to_pairs
     grad = tl.cumsum(change, 0, reverse=True) + through[None, :]
     earlier = tl.where(i[:, None] > i[None, :], 1.0, 0.0)
-    grad += dot(earlier, write * to_state, DECAY_PRECISION, INTERPRET)
+    grad += dot(earlier, write * to_state, DECAY_PRECISION)
     grad -= tl.exp(tl.maximum(la, FLOOR)) * (to_pairs + to_state + to_own)
     grad = tl.where(absorbs[:, None] & (la >= FLOOR), grad, 0.0)
     tl.store(out, grad, mask=out_ok)

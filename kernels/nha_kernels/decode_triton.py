@@ -29,7 +29,6 @@ from .state import NHAState
 from .tile_call import power_of_two
 from .triton_common import (
     FLOOR,
-    INTERPRETED,
     LOG2E,
     NEG_INF,
     SIZES,
@@ -100,7 +99,7 @@ def incoming_step(
 @triton.jit
 def exact_step(
     top, total, acc, q_a, q_b, keys, values, cos, sin, turn_row, place, ok, j, col_a, col_b, d, scale2,
-    D: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    D: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the un-rotated keys and the values at `place` [BN], where ok."""
     at = place[:, None] * D
@@ -111,9 +110,9 @@ def exact_step(
         cosine, sine = load_turn(cos, sin, turn_row, place, j, ok, P)
         a, b = turn(a, b, cosine, sine)
     x = tl.load(values + at + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-    scores = dot(q_a, tl.trans(a), PRECISION, INTERPRET) + dot(q_b, tl.trans(b), PRECISION, INTERPRET)
+    scores = dot(q_a, tl.trans(a), PRECISION) + dot(q_b, tl.trans(b), PRECISION)
     scores = tl.where(ok[None, :], scores * scale2, NEG_INF)
-    return softmax_step(top, total, acc, scores, x, PRECISION, INTERPRET)
+    return softmax_step(top, total, acc, scores, x, PRECISION)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -125,7 +124,7 @@ def decode(
     BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr,
     SLOTS: tl.constexpr, EXACT: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK_EMPTY: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, PADDED: tl.constexpr, SPLIT: tl.constexpr, STATS: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One split of one row and key/value head: o [.., R, D], or a partial one [.., R, D + STATS] if SPLIT.
 
@@ -187,9 +186,9 @@ def decode(
         keys = absorb(slot_k, at, ok, keep, write, token_k, absorbs)
         values = absorb(slot_v, at, ok, keep, write, token_v, absorbs)
         if SLOTS:
-            scores = dot(slot_q, tl.trans(keys), PRECISION, INTERPRET) * scale2 + bias2[:, None]
+            scores = dot(slot_q, tl.trans(keys), PRECISION) * scale2 + bias2[:, None]
             scores = tl.where((m < M)[None, :], scores, NEG_INF)
-            top, total, acc = softmax_step(top, total, acc, scores, values, PRECISION, INTERPRET)
+            top, total, acc = softmax_step(top, total, acc, scores, values, PRECISION)
 
     # the incoming token, and sinks before it
     last = tl.where(split == splits - 1, here, 0)
@@ -230,7 +229,7 @@ def decode(
                 s = s0 + tl.arange(0, BS)
                 top, total, acc = exact_step(
                     top, total, acc, q_a, q_b, sink_k, sink_v, sink_cos, sink_sin, row * S, s, s < sinks, j, col_a,
-                    col_b, d, scale2, D, P, PRECISION, INTERPRET,
+                    col_b, d, scale2, D, P, PRECISION,
                 )  # fmt: skip
         if WINDOW:  # ages 1 to `oldest`; the token of age 0 is the incoming one
             oldest = tl.where(here > 0, tl.minimum(rank - S, W - 1), 0).to(tl.int32)
@@ -241,7 +240,7 @@ def decode(
                 at = tl.where(at < 0, at + C, at)
                 top, total, acc = exact_step(
                     top, total, acc, q_a, q_b, ring_k, ring_v, ring_cos, ring_sin, row * C, at, age <= oldest, j,
-                    col_a, col_b, d, scale2, D, P, PRECISION, INTERPRET,
+                    col_a, col_b, d, scale2, D, P, PRECISION,
                 )  # fmt: skip
 
     ok = (r < R)[:, None] & (d < D)[None, :]
@@ -376,7 +375,7 @@ def decode_step_triton(
         BM=SLOT_BLOCK, BN=key_block, BS=SINK_BLOCK, BH=power_of_two(dim // 2), BQ=power_of_two(slots),
         SLOTS=branch != "window", EXACT=branch != "slots", WINDOW=state.window > 0, SINKS=state.sinks > 0,
         MASK_EMPTY=mask_empty, HAS_SCALE=slot_q_scale is not None, HAS_BIAS=slot_bias is not None, SPLIT=splits > 1,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", INTERPRET=INTERPRETED, **shared, num_warps=warps,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **shared, num_warps=warps,
         num_stages=2,
     )  # fmt: skip
     if splits > 1:

@@ -35,7 +35,6 @@ def slot_products(
     x_a, x_b, state, tokens, g2, log_decay, decay, i, row_ok, t0, length, hidden, m, m_ok, j, col_a, col_b, scale_a,
     scale_b, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
     HAS_SCALE: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr, DECAY_PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Products of rows x (halves) with slots [BT,BM] as each row finds them; of queries with keys, unscaled scores.
 
@@ -45,9 +44,9 @@ def slot_products(
     at = m[None, :] * D
     ok = (j < D // 2)[:, None] & m_ok[None, :]
     held = scaled(tl.load(state + at + col_a[:, None], mask=ok, other=0.0), scale_a, HAS_SCALE)
-    out = dot(x_a, held, PRECISION, INTERPRET)
+    out = dot(x_a, held, PRECISION)
     held = scaled(tl.load(state + at + col_b[:, None], mask=ok, other=0.0), scale_b, HAS_SCALE)
-    out += dot(x_b, held, PRECISION, INTERPRET)
+    out += dot(x_b, held, PRECISION)
     out *= tl.exp2(decay)
     own = tl.zeros([BT], tl.float32)
     for first in tl.range(t0, t0 + BT, BC, num_stages=1):
@@ -56,16 +55,16 @@ def slot_products(
         token_ok = ((first + n >= hidden) & (first + n < length))[None, :] & (j < D // 2)[:, None]
         token = tokens + wide(first) * (G * D) + n[None, :] * (G * D)
         x = scaled(tl.load(token + col_a[:, None], mask=token_ok, other=0.0), scale_a, HAS_SCALE)
-        pairs = dot(x_a, x, PRECISION, INTERPRET)
+        pairs = dot(x_a, x, PRECISION)
         x = scaled(tl.load(token + col_b[:, None], mask=token_ok, other=0.0), scale_b, HAS_SCALE)
-        pairs += dot(x_b, x, PRECISION, INTERPRET)
+        pairs += dot(x_b, x, PRECISION)
         if APART:
             own += tl.sum(tl.where(i[:, None] == (first + n)[None, :], pairs, 0.0), 1)
             pairs = tl.where(i[:, None] > (first + n)[None, :], pairs, 0.0)
         else:
             pairs = tl.where(i[:, None] >= (first + n)[None, :], pairs, 0.0)
         fall = tl.where((row_ok & (i >= first))[:, None], tl.exp2(decay - middle[None, :]), 0.0)
-        out += dot(pairs, write, DECAY_PRECISION, INTERPRET) * fall
+        out += dot(pairs, write, DECAY_PRECISION) * fall
     return out, own
 
 
@@ -73,22 +72,22 @@ def slot_products(
 def slot_values(
     weights, state_v, v, g2, log_decay, decay, i, row_ok, t0, length, hidden, m, m_ok, d,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
-    DECAY_PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    DECAY_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What weights [BT,BM] read from the slots, [BT,BD]."""
     dtype = v.dtype.element_ty
     values = tl.load(state_v + m[:, None] * D + d[None, :], mask=m_ok[:, None] & (d < D)[None, :], other=0.0)
-    acc = dot(narrow(weights * tl.exp2(decay), dtype), values, PRECISION, INTERPRET)
+    acc = dot(narrow(weights * tl.exp2(decay), dtype), values, PRECISION)
     for first in tl.range(t0, t0 + BT, BC, num_stages=1):
         write, middle = lifted_writes(g2, log_decay, first, length, hidden, G * M, m, m_ok, BC)
         token = first + tl.arange(0, BC)
         fall = tl.where((row_ok & (i >= first))[:, None], tl.exp2(decay - middle[None, :]), 0.0)
-        mixed = dot(weights * fall, tl.trans(write), DECAY_PRECISION, INTERPRET)
+        mixed = dot(weights * fall, tl.trans(write), DECAY_PRECISION)
         mixed = tl.where(i[:, None] >= token[None, :], mixed, 0.0)
         token_ok = ((token >= hidden) & (token < length))[:, None] & (d < D)[None, :]
         token_at = tl.arange(0, BC)[:, None] * (G * D) + d[None, :]
         base = v + wide(first) * (G * D)
-        acc += dot(narrow(mixed, dtype), tl.load(base + token_at, mask=token_ok, other=0.0), PRECISION, INTERPRET)
+        acc += dot(narrow(mixed, dtype), tl.load(base + token_at, mask=token_ok, other=0.0), PRECISION)
     return acc
 
 
@@ -100,7 +99,7 @@ def attend(
     BC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
     SLOTS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK_EMPTY: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr, SEEN: tl.constexpr,
-    SHARED_COS: tl.constexpr, PRECISION: tl.constexpr, DECAY_PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    SHARED_COS: tl.constexpr, PRECISION: tl.constexpr, DECAY_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output [.., H, D] and lse [.., H] of one tile and query head."""
     tile = tl.program_id(0) // H
@@ -151,11 +150,13 @@ def attend(
                 m = block * BM + tl.arange(0, BM)
                 m_ok = m < M
                 at = n[:, None] * (G * M) + m[None, :]
-                decay = tl.load(rows_g2 + t0.to(tl.int64) * (G * M) + at, mask=row_ok[:, None] & m_ok[None, :], other=0.0)
+                decay = tl.load(
+                    rows_g2 + t0.to(tl.int64) * (G * M) + at, mask=row_ok[:, None] & m_ok[None, :], other=0.0
+                )
                 scores, own = slot_products(
                     q_a, q_b, state_k, rows_k, rows_g2, rows_decay, decay, i, row_ok, t0, length, hidden, m, m_ok, j,
                     col_a, col_b, scale_a, scale_b, G, D, M, BT, BC, HAS_SCALE, False,
-                    PRECISION, DECAY_PRECISION, INTERPRET,
+                    PRECISION, DECAY_PRECISION,
                 )  # fmt: skip
                 scores = scores * scale2 + bias2
                 seen_ok = m_ok[None, :]
@@ -167,7 +168,7 @@ def attend(
                 weights = tl.exp2(scores - safe[:, None])
                 read = slot_values(
                     weights, state_v, rows_v, rows_g2, rows_decay, decay, i, row_ok, t0, length, hidden, m, m_ok, d,
-                    G, D, M, BT, BC, PRECISION, DECAY_PRECISION, INTERPRET,
+                    G, D, M, BT, BC, PRECISION, DECAY_PRECISION,
                 )  # fmt: skip
                 if block == 0:  # nothing is held while the first scores are made
                     total = tl.sum(weights, 1)
@@ -196,13 +197,13 @@ def attend(
             s_ok = s < S
             at = s[None, :] * (G * D)
             ok = (j < D // 2)[:, None] & (s_ok & (s < past + length))[None, :]
-            scores = dot(q_a, tl.load(turned + at + col_a[:, None], mask=ok, other=0.0), PRECISION, INTERPRET)
-            scores += dot(q_b, tl.load(turned + at + col_b[:, None], mask=ok, other=0.0), PRECISION, INTERPRET)
+            scores = dot(q_a, tl.load(turned + at + col_a[:, None], mask=ok, other=0.0), PRECISION)
+            scores += dot(q_b, tl.load(turned + at + col_b[:, None], mask=ok, other=0.0), PRECISION)
             ok = (s_ok & (s < past + length))[:, None] & (d < D)[None, :]
             values = tl.load(v + s[:, None] * (G * D) + d[None, :], mask=ok, other=0.0)
             reached = s_ok[None, :] & (s[None, :] <= i[:, None] + (W + S - hidden))
             scores = tl.where(reached, scores * scale2, NEG_INF)
-            top, total, acc = softmax_step(top, total, acc, scores, values, PRECISION, INTERPRET)
+            top, total, acc = softmax_step(top, total, acc, scores, values, PRECISION)
     if WINDOW:
         low = tl.maximum(tl.maximum(t0 + past - W + 1, hidden + past - W), 0)
         high = tl.minimum(t0 + BT, length) + past
@@ -212,13 +213,13 @@ def attend(
             at = tl.arange(0, BN)[None, :] * (G * D)
             base = wide(x0) * (G * D)
             ok = (j < D // 2)[:, None] & x_ok[None, :]
-            scores = dot(q_a, tl.load(turned + base + at + col_a[:, None], mask=ok, other=0.0), PRECISION, INTERPRET)
-            scores += dot(q_b, tl.load(turned + base + at + col_b[:, None], mask=ok, other=0.0), PRECISION, INTERPRET)
+            scores = dot(q_a, tl.load(turned + base + at + col_a[:, None], mask=ok, other=0.0), PRECISION)
+            scores += dot(q_b, tl.load(turned + base + at + col_b[:, None], mask=ok, other=0.0), PRECISION)
             ok = x_ok[:, None] & (d < D)[None, :]
             values = tl.load(v + base + tl.arange(0, BN)[:, None] * (G * D) + d[None, :], mask=ok, other=0.0)
             age = i[:, None] + past - x[None, :]
             scores = tl.where((age >= 0) & (age < W) & x_ok[None, :], scores * scale2, NEG_INF)
-            top, total, acc = softmax_step(top, total, acc, scores, values, PRECISION, INTERPRET)
+            top, total, acc = softmax_step(top, total, acc, scores, values, PRECISION)
 
     some = total > 0.0
     acc = acc * tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)[:, None]

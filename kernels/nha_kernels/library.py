@@ -109,7 +109,8 @@ def tile_attention(
         q, k, v, log_decay, cos, sin, slot_q_scale, slot_bias, initial, seen, starts, lengths, documents, window,
         sinks, past, scale, mask_empty, branch, output_final,
     )  # fmt: skip
-    return call.forward()
+    with torch.cuda.device_of(q):
+        return call.forward()
 
 
 @tile_attention.register_fake
@@ -182,7 +183,8 @@ def tile_attention_backward(
         q, k, v, log_decay, cos, sin, slot_q_scale, slot_bias, initial, seen, starts, lengths, documents, window,
         sinks, past, scale, mask_empty, branch, output_final, backward=True,
     )  # fmt: skip
-    grads = call.backward(o, lse, grad, lse_grad, final_grad if call.options.states else None, need_keys)
+    with torch.cuda.device_of(q):
+        grads = call.backward(o, lse, grad, lse_grad, final_grad if call.options.states else None, need_keys)
     slots, states = call.options.slots, call.options.states
     return [
         grads.q,
@@ -405,7 +407,7 @@ def chunked_attention_backward(
 
 @lru_cache(maxsize=1)
 def _recorder() -> ThreadPoolExecutor:
-    """A thread of its own: an operator's body runs with autograd's recording switched off in the thread that calls it."""
+    """A thread of its own: in the thread that calls an operator, autograd records nothing of its body."""
     return ThreadPoolExecutor(max_workers=1)
 
 

@@ -54,8 +54,8 @@ def nha_attention(
         log_decay: [B,T,G,M] natural log of the slot decay, <= 0;
             values under `gates.LOG_DECAY_FLOOR` count as the floor.
         window: W, exact tokens each query sees, itself included; 0 is a pure linear RNN.
-        cos, sin: [B or 1,T,P] rotary factors of these tokens, P <= D, as transformers' rotary modules return them (their
-            second half repeats the first); None rotates nothing. The slots see no rotation.
+        cos, sin: [B or 1,T,P] rotary factors of these tokens, P <= D, as transformers' rotary modules return them: the
+            second half repeats the first. None rotates nothing; the slots see no rotation.
         sinks: S, first tokens of a row that stay exact keys for ever and are never absorbed.
         scale: of all scores; None is D ** -0.5.
         mask_empty: leave the slots out of the softmax until they hold something; False gives each of them e^bias.
@@ -201,7 +201,8 @@ def nha_decode(
             )  # fmt: skip
         if chosen != "reference":
             step = triton_step() if chosen == "triton" else decode_step
-            return step(q, k, v, log_decay, state, **options)
+            with torch.cuda.device_of(q):
+                return step(q, k, v, log_decay, state, **options)
         options |= {"window": state.window, "sinks": state.sinks, "initial_state": state}
         o, _, final = nha_recurrent(q, k, v, log_decay, **options)
         for name, x in state.tensors().items():

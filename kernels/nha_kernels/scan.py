@@ -47,7 +47,6 @@ def rotate_keys(
 def absorb_tile(
     log_decay, x, g2, carry, base, c, length, hidden, m, m_ok, d, d_ok, keep_g2,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """The state after tile c, and the tile's whole log2 decay [BM]; writes g2 if asked.
 
@@ -67,7 +66,7 @@ def absorb_tile(
         tl.store(g2 + m_at, g, mask=(i < length)[:, None] & m_ok[None, :])
     token = tl.load(x + at[:, None] * D + d[None, :], mask=ok[:, None] & d_ok[None, :], other=0.0)
     write = s * tl.exp2(whole[None, :] - g)
-    carry = carry * tl.exp2(whole)[:, None] + dot(narrow(tl.trans(write), token.dtype), token, PRECISION, INTERPRET)
+    carry = carry * tl.exp2(whole)[:, None] + dot(narrow(tl.trans(write), token.dtype), token, PRECISION)
     return carry, whole
 
 
@@ -79,7 +78,6 @@ def tile_states(
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
     BD: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr, RAGGED: tl.constexpr, SEEN: tl.constexpr,
     INITIAL: tl.constexpr, SEGMENTED: tl.constexpr, SHARED_COS: tl.constexpr, PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """States at the start of every tile, final states, g2; the programs after `scan_programs` rotate keys."""
     program = tl.program_id(0)
@@ -121,9 +119,8 @@ def tile_states(
     states += side * (total_tiles.to(tl.int64) * tile_size) + g * (M * D)
     end = side * (N.to(tl.int64) * tile_size) + (doc * G + g) * (M * D)
     carry = tl.zeros([BM, BD], tl.float32)
-    if INITIAL:
-        if segment == 0:
-            carry = tl.load(initial + end + in_state, mask=ok, other=0.0)
+    if INITIAL and segment == 0:
+        carry = tl.load(initial + end + in_state, mask=ok, other=0.0)
     since = tl.zeros([BM], tl.float32)
     number = tl.cdiv(length, BT)
     last = tl.minimum((segment + 1) * segment_tiles, number)
@@ -134,7 +131,7 @@ def tile_states(
             tl.store(tile_decay + (at * G + g) * M + m, since, mask=m_ok)
         carry, whole = absorb_tile(
             log_decay, x, g2, carry, 0, c, length, hidden, m, m_ok, d, d_ok, (side == 0) & (i_d == 0),
-            G, D, M, BT, PRECISION, INTERPRET,
+            G, D, M, BT, PRECISION,
         )  # fmt: skip
         since += whole
     if SEGMENTED:
@@ -189,7 +186,7 @@ def reverse_scan(
     starts, lengths, first_tile, T, tiles, total_tiles, S, N, scale, scan_programs, segments, segment_tiles,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
     BD: tl.constexpr, BS: tl.constexpr, SLOTS: tl.constexpr, RAGGED: tl.constexpr, FINAL: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, SEGMENTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adjoint of the state that every tile hands on, and of the initial state.
 
@@ -201,7 +198,9 @@ def reverse_scan(
         other = program - scan_programs
         parameters = H if HAS_SCALE or HAS_BIAS else 0
         if other < parameters:
-            add_parameters(part_scale, part_bias, scale_grad, bias_grad, other, total_tiles, H, D, BS, HAS_SCALE, HAS_BIAS)
+            add_parameters(
+                part_scale, part_bias, scale_grad, bias_grad, other, total_tiles, H, D, BS, HAS_SCALE, HAS_BIAS
+            )
         else:
             add_sinks(
                 part_sink, sink_grad, lengths, first_tile, other - parameters, T, tiles, S, H, G, D, BT, BS, RAGGED,
@@ -238,9 +237,8 @@ def reverse_scan(
     adjoints += side * (total_tiles.to(tl.int64) * tile_size) + g * (M * D)
     end = side * (N.to(tl.int64) * tile_size) + (doc * G + g) * (M * D)
     carry = tl.zeros([BM, BD], tl.float32)
-    if FINAL:
-        if segment == 0:
-            carry = tl.load(final_grad + end + in_state, mask=ok, other=0.0)
+    if FINAL and segment == 0:
+        carry = tl.load(final_grad + end + in_state, mask=ok, other=0.0)
     since = tl.zeros([BM], tl.float32)
     number = tl.cdiv(length, BT)
     last = tl.minimum((segment + 1) * segment_tiles, number)
@@ -268,7 +266,7 @@ def reverse_scan(
                     factor = tl.load(slot_q_scale + (g * R + r) * D + d, mask=d_ok & (side == 0), other=1.0)
                     rows = narrow(rows.to(tl.float32) * factor[None, :], x.dtype.element_ty)
                 weight = weight * tl.where(side == 0, scale, 1.0)
-                carry += dot(narrow(tl.trans(weight), rows.dtype), rows, PRECISION, INTERPRET)
+                carry += dot(narrow(tl.trans(weight), rows.dtype), rows, PRECISION)
     if SEGMENTED:
         join_segments(
             adjoints, tile_decay, parts, part_decay, tickets + (head * NM + i_m) * (2 * ND) + side * ND + i_d,

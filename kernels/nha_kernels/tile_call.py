@@ -16,7 +16,6 @@ from .backward import query_side
 from .backward_kv import gate_side, key_side
 from .forward import attend
 from .scan import reverse_scan, tile_states
-from .triton_common import INTERPRETED
 
 SUB_CHUNK = 16  # rows whose decays share a reference point; `gates.LOG_DECAY_FLOOR` allows no more in fp32
 SINK_BLOCK = 16
@@ -168,7 +167,6 @@ class TileCall:
         return {
             "RAGGED": self.x.starts is not None,
             "PRECISION": "ieee" if exact else "tf32",
-            "INTERPRET": INTERPRETED,
         }
 
     def _attention_flags(self) -> dict[str, Any]:
@@ -254,7 +252,6 @@ class TileCall:
         )  # fmt: skip
         return out, lse, final if o.states else self._empty(0)
 
-
     def backward(
         self,
         out: torch.Tensor,
@@ -330,9 +327,9 @@ class TileCall:
         )
         query_side[(tiles * self.heads,)](
             x.q, x.k, turned, x.v, x.log_decay, g2, states, _or(x.cos, x.k), _or(x.sin, x.k), _or(x.slot_q_scale, x.k),
-            _or(x.slot_bias, x.k), out, lse, grad, _or(lse_grad, lse), kept.dq, kept.weights, kept.grads, kept.decay, kept.delta,
-            kept.scale, kept.bias, kept.sink, *self.maps, _or(x.seen, x.k), self.time, self.tiles, tiles, o.past,
-            o.window, o.sinks, self.per_doc, o.scale, BN=t.keys, BM=t.slots, BS=SINK_BLOCK, SLOTS=o.slots,
+            _or(x.slot_bias, x.k), out, lse, grad, _or(lse_grad, lse), kept.dq, kept.weights, kept.grads, kept.decay,
+            kept.delta, kept.scale, kept.bias, kept.sink, *self.maps, _or(x.seen, x.k), self.time, self.tiles, tiles,
+            o.past, o.window, o.sinks, self.per_doc, o.scale, BN=t.keys, BM=t.slots, BS=SINK_BLOCK, SLOTS=o.slots,
             WINDOW=o.exact and o.window > 0, SINKS=exact, HAS_DLSE=lse_grad is not None, **self._attention_flags(),
             num_warps=t.warps[1], num_stages=t.stages[1],
         )  # fmt: skip

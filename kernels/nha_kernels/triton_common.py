@@ -1,13 +1,13 @@
 """What all Triton kernels share: dots, gates, rotation by halves, and finding a program's tile.
 
-Rows are the query tokens of one document counted from 0, places its keys: `past` keys of earlier calls, then its own, so
-that row i stands at place i + past. Tile c holds rows c BT .. c BT + BT - 1; row i absorbs the token at place
+Rows are the query tokens of one document counted from 0, places its keys: `past` keys of earlier calls, then its own,
+so that row i stands at place i + past. Tile c holds rows c BT .. c BT + BT - 1; row i absorbs the token at place
 i + past - W, from row `hidden` = max(W + S - seen, 0) on. Decays are base-2 logarithms, `g2` is their running sum over
 the rows of a tile.
 
 A head's dimensions are worked on in two halves, a and b, of D / 2 columns each, so that column j of a and column j of b
-rotate together: for P rotary dimensions a holds 0 .. P/2 and b holds P/2 .. P, and each half of what is left. A sum over
-dimensions does not mind their order.
+rotate together: for P rotary dimensions a holds 0 .. P/2 and b holds P/2 .. P, and each half of what is left. A sum
+over dimensions does not mind their order.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from .gates import LOG_DECAY_FLOOR
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors too."""
 
-SIZES = (
-    "T tiles key_tiles total_tiles past W S N rows per_doc scan_programs segments segment_tiles batch C places".split()
-)
+SIZES = ["T", "tiles", "key_tiles", "total_tiles", "past", "W", "S", "N", "rows", "per_doc"]
+SIZES += ["scan_programs", "segments", "segment_tiles"]
 """Integer arguments by name: no value of theirs is compiled in, so no length compiles anew."""
 
 EMULATED = tl.constexpr(INTERPRETED)
@@ -44,19 +43,17 @@ def wide(x):
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
     """x in another dtype, rounded to nearest; the interpreter's own conversion to bf16 cuts digits off."""
-    if EMULATED:
-        if dtype == tl.bfloat16:
-            if x.dtype == tl.float32:
-                bits = x.to(tl.uint32, bitcast=True)
-                bits += 0x7FFF + ((bits >> 16) & 1)
-                x = bits.to(tl.float32, bitcast=True)
+    if EMULATED and dtype == tl.bfloat16 and x.dtype == tl.float32:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+def dot(a, b, PRECISION: tl.constexpr):
     """a b; the interpreter multiplies the raw bits of 16-bit operands, so there they are widened first."""
-    if INTERPRET:
+    if EMULATED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
         return tl.dot(a, b, input_precision=PRECISION)
@@ -154,12 +151,12 @@ def lifted_writes(g2, log_decay, first, length, hidden, STRIDE: tl.constexpr, m,
 
 
 @triton.jit
-def softmax_step(top, total, acc, scores, values, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+def softmax_step(top, total, acc, scores, values, PRECISION: tl.constexpr):
     """Online softmax (base 2) over one more block of scores [BT,BN] and values [BN,BD]."""
     best = tl.maximum(top, tl.max(scores, 1))
     safe = tl.where(best == NEG_INF, 0.0, best)
     fade = tl.exp2(top - safe)
     weights = tl.exp2(scores - safe[:, None])
     total = total * fade + tl.sum(weights, 1)
-    acc = acc * fade[:, None] + dot(narrow(weights, values.dtype), values, PRECISION, INTERPRET)
+    acc = acc * fade[:, None] + dot(narrow(weights, values.dtype), values, PRECISION)
     return best, total, acc

@@ -166,7 +166,9 @@ def test_saved_for_backward():
 
     kept: list[torch.Tensor] = []
     with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-        q, k, v = (torch.empty(1, time, h, dim, dtype=torch.bfloat16, requires_grad=True) for h in (heads, groups, groups))
+        q, k, v = (
+            torch.empty(1, time, h, dim, dtype=torch.bfloat16, requires_grad=True) for h in (heads, groups, groups)
+        )
         log_decay = torch.empty(1, time, groups, slots, requires_grad=True)
         cos = torch.empty(1, time, dim, dtype=torch.bfloat16)
         o, _ = nha_attention(q, k, v, log_decay, window=64, cos=cos, sin=cos.clone(), backend="triton")

@@ -1,4 +1,4 @@
-"""The Triton kernels against the fp64 recurrence, forward and every gradient; in the interpreter where there is no GPU."""
+"""The Triton kernels against the fp64 recurrence, forward and every gradient; interpreted where there is no GPU."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ SHAPES = [  # time, window, sinks, query heads per group, rotary dims, mask_empt
 
 @pytest.mark.parametrize("time,window,sinks,repeat,rotary,mask_empty,dim,slots", SHAPES)
 def test_equals_recurrence(time, window, sinks, repeat, rotary, mask_empty, dim, slots):
-    x = case(time, batch=1 if dim > 16 else 2, groups=1, repeat=repeat, rotary=rotary, dim=dim, slots=slots, dtype=FLOAT)
+    x = case(
+        time, batch=1 if dim > 16 else 2, groups=1, repeat=repeat, rotary=rotary, dim=dim, slots=slots, dtype=FLOAT
+    )
     check(x, window=window, sinks=sinks, mask_empty=mask_empty)
 
 
@@ -49,7 +51,7 @@ def test_extreme_gates(kind, tau):
 
 
 def test_branches_without_learnables():
-    x = {n: y for n, y in case(41, batch=1, groups=1, dtype=FLOAT).items()}
+    x = case(41, batch=1, groups=1, dtype=FLOAT)
     for branch, mask_empty in (("window", True), ("slots", True), ("slots", False)):
         check(x, window=11, sinks=2, branch=branch, mask_empty=mask_empty)
 
