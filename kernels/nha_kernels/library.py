@@ -1,13 +1,14 @@
 """PyTorch operators over the kernels, so that compile, fake tensors, checkpointing and sharding see one call each.
 
-`nha_kernels::tile_attention` is the Triton prefill with its backward; `nha_kernels::chunked_attention` is the chunked
-PyTorch path as one opaque call, which only compiled code uses; `nha_kernels::decode` is one token, on either.
+`tile_attention` is the Triton prefill with its backward; `chunked_attention` the chunked PyTorch path as one opaque
+call, which only compiled code uses; `decode` one token, on either.
 
 Legend: as in tile_call.
 """
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -18,6 +19,10 @@ from .backends import triton_step
 from .chunked import nha_chunked
 from .decode_torch import decode_step
 from .state import NHAState
+
+NAMESPACE = re.sub(r"\W", "_", __package__ or "nha")
+"""Each copy of this package, as they travel with checkpoints, has operators of its own: a name that is registered twice
+leaves the first registration's callers with a dangling operator."""
 
 Maybe = torch.Tensor | None
 
@@ -71,7 +76,7 @@ def _uses_slots(
     return slots, slots or (absorbs and output_final)
 
 
-@torch.library.custom_op("nha_kernels::tile_attention", mutates_args=())
+@torch.library.custom_op(NAMESPACE + "::tile_attention", mutates_args=())
 def tile_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -142,7 +147,7 @@ def _(
     return torch.empty_like(q), exact(q.shape[:2]), exact(shape)
 
 
-@torch.library.custom_op("nha_kernels::tile_attention_backward", mutates_args=())
+@torch.library.custom_op(NAMESPACE + "::tile_attention_backward", mutates_args=())
 def tile_attention_backward(
     grad: torch.Tensor,
     lse_grad: Maybe,
@@ -297,7 +302,7 @@ def _state(held: list[torch.Tensor], window: int, sinks: int) -> NHAState | None
     return empty.with_tensors(dict(zip(empty.tensors(), held, strict=True)))
 
 
-@torch.library.custom_op("nha_kernels::chunked_attention", mutates_args=())
+@torch.library.custom_op(NAMESPACE + "::chunked_attention", mutates_args=())
 def chunked_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -356,13 +361,15 @@ def _(
         rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         kept = k.dtype if exact == torch.float32 else exact
         rotary = 0 if cos is None else cos.shape[2]
-        sizes = (rows, k.shape[2], log_decay.shape[3], q.shape[3])
-        options = {"window": window, "sinks": sinks, "rotary_dim": rotary, "dtype": kept, "device": q.device}
-        out += NHAState.new(*sizes, **options).tensors().values()
+        groups, slots, dim = k.shape[2], log_decay.shape[3], q.shape[3]
+        state = NHAState.new(
+            rows, groups, slots, dim, window=window, sinks=sinks, rotary_dim=rotary, dtype=kept, device=q.device
+        )
+        out += state.tensors().values()
     return out
 
 
-@torch.library.custom_op("nha_kernels::chunked_attention_backward", mutates_args=())
+@torch.library.custom_op(NAMESPACE + "::chunked_attention_backward", mutates_args=())
 def chunked_attention_backward(
     grads: list[torch.Tensor],
     q: torch.Tensor,
@@ -394,8 +401,9 @@ def chunked_attention_backward(
         leaves = [x.detach().requires_grad_() for x in (q, k, v, log_decay)]
         extra = [None if x is None else x.detach().requires_grad_() for x in (slot_q_scale, slot_bias)]
         state = [x.detach().requires_grad_(x.is_floating_point()) for x in held]
-        tensors = (*leaves, *extra, state, cos, sin, padding_mask, cu_seqlens)
-        out = _chunked(*tensors, window, sinks, scale, mask_empty, branch, output_final)  # type: ignore[arg-type]
+        tensors: Any = (*leaves, *extra, state, cos, sin, padding_mask, cu_seqlens)
+        options: Any = (window, sinks, scale, mask_empty, branch, output_final)
+        out = _chunked(*tensors, *options)
         out = [x for x in out if x.is_floating_point()]
         pairs = [(x, g) for x, g in zip(out, grads, strict=True) if x.requires_grad]
         inputs = [x for x in (*leaves, *extra, *state) if x is not None and x.requires_grad]
@@ -445,7 +453,7 @@ def _chunked_backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
 chunked_attention.register_autograd(_chunked_backward, setup_context=_save_chunked)
 
 
-@torch.library.custom_op("nha_kernels::decode", mutates_args=("held",))
+@torch.library.custom_op(NAMESPACE + "::decode", mutates_args=("held",))
 def decode(
     q: torch.Tensor,
     k: torch.Tensor,

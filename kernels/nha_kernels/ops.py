@@ -96,6 +96,9 @@ def nha_attention(
         "initial_state": initial_state,
         "branch": branch,
     }
+    o: Any
+    lse: Any
+    final: Any
     if chosen == "reference":
         o, lse, final = nha_recurrent(q, k, v, log_decay, **options)
         final = final if output_final_state else None
@@ -137,7 +140,8 @@ def _compiled_chunked(
     )
     state = None
     if output_final_state:
-        state = NHAState(*after, window=options["window"], sinks=options["sinks"])
+        sizes: dict[str, Any] = {"window": options["window"], "sinks": options["sinks"]}
+        state = NHAState(*after, **sizes)
     return o, lse if return_lse else None, state
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,3 +230,21 @@ except RuntimeError as error:
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "triton is not installed (pip install triton)" in out.stdout
+
+
+def test_two_copies_in_one_process(tmp_path):
+    """Code that travelled with two checkpoints registers the same operators beside the package's own."""
+    package = Path(backends.__file__).parent
+    for name in ("copy_one", "copy_two"):
+        shutil.copytree(package, tmp_path / name)
+    code = """
+import torch, copy_one.ops, nha_kernels, copy_two.ops
+q, z = torch.randn(1, 9, 2, 16, requires_grad=True), torch.full((1, 9, 2, 8), -0.1)
+for module in (nha_kernels, copy_one.ops, copy_two.ops, nha_kernels):
+    o, _ = module.nha_attention(q, q, q, z, window=3, backend="triton")
+    o.sum().backward()
+    print(torch.isfinite(q.grad).all().item())
+"""
+    paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(package.parent)])}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | paths)
+    assert out.stdout.split() == ["True"] * 4, out.stderr
