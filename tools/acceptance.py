@@ -1,4 +1,4 @@
-"""Measure the acceptance lines of the first release and write docs/acceptance.json and docs/acceptance.md.
+"""Measure the acceptance lines and write docs/acceptance.json and docs/acceptance.md.
 
     python tools/acceptance.py                 every line (about an hour on 2 cores)
     python tools/acceptance.py exact op        some lines, by name; the others keep their last value
@@ -19,29 +19,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tools.acceptance_kernels  # noqa: F401
+from tools.acceptance_base import LINES, ROOT, line
+from tools.acceptance_base import clone as _clone
+from tools.acceptance_base import run as _run
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 JSON, PAGE = ROOT / "docs" / "acceptance.json", ROOT / "docs" / "acceptance.md"
 START, END = "<!-- measured -->", "<!-- /measured -->"
 CLI = [sys.executable, str(ROOT / "cli.py")]
-
-LINES: dict[str, tuple[str, str, Callable[[], dict[str, Any]]]] = {}
-
-
-def line(name: str, what: str, target: str) -> Callable[[Callable[[], dict[str, Any]]], Callable[[], dict[str, Any]]]:
-    """Register a measurement; it returns {"measured": text, "met": bool, ...}."""
-
-    def register(measure: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
-        LINES[name] = (what, target, measure)
-        return measure
-
-    return register
 
 
 def pico_folders(root: Path) -> dict[str, Path]:
@@ -348,21 +339,6 @@ def tests() -> dict[str, Any]:
         minutes = (time.time() - started) / 60
     summary = done.stdout.strip().splitlines()[-1].strip("= ")
     return {"measured": f"{minutes:.1f} minutes; {summary}", "met": minutes <= 15, "minutes": minutes}
-
-
-def _clone(folder: Path) -> Path:
-    """A clean clone of the committed state."""
-    _run(["git", "clone", "-q", str(ROOT), str(folder / "clone")], folder)
-    return folder / "clone"
-
-
-def _run(command: list[str], where: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run to the end; a failure ends the measurement with the command's own words."""
-    own = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run(command, cwd=where, capture_output=True, text=True, env=own | (env or {}))
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return done
 
 
 def write_page(rows: dict[str, Any]) -> None:

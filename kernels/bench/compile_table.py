@@ -1,4 +1,4 @@
-"""Compile every kernel ahead of time, without a GPU, and count registers, spills, shared memory and matrix instructions.
+"""Compile every kernel ahead of time, without a GPU: registers, spills, shared memory, matrix instructions.
 
     python kernels/bench/compile_table.py                  the whole table into kernels/bench/results/compile.{json,md}
     python kernels/bench/compile_table.py --check          exit code 1 where a limit is broken
@@ -33,14 +33,15 @@ sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from bench.environment import commit  # noqa: E402
-from bench.report import write  # noqa: E402
 from nha_kernels.decode_triton import decode_step_triton  # noqa: E402
 from nha_kernels.state import NHAState  # noqa: E402
 from nha_kernels.tile_call import Options, Tensors, TileCall, choose_tiling  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
+
+from bench.environment import commit  # noqa: E402
+from bench.report import write  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -61,6 +62,7 @@ TYPES = {
     torch.int64: "i64",
     torch.bool: "i1",
 }
+HEADS = "kernel|target|d|M|dtype|variant|warps|stages|tile|registers|spills|shared|matrix|seconds|broken"
 GROUPS, REPEAT, TIME, WINDOW, SINKS = 2, 4, 256, 64, 4
 SIZES = ((128, 64), (128, 32), (128, 128), (64, 64), (96, 64), (256, 64), (128, 256))
 VARIANTS = ("ragged", "initial", "segmented", "bare")
@@ -335,7 +337,6 @@ def page(results: dict[str, Any], rows: list[Row]) -> str:
     """The table in Markdown."""
     dirty = ", with changes" if results["commit"]["dirty"] else ""
     failed = sum(bool(r.broken) for r in rows)
-    heads = "kernel target d M dtype variant warps stages tile registers spills shared matrix seconds broken".split()
     lines = [
         "# Kernels compiled ahead of time",
         "",
@@ -348,18 +349,18 @@ def page(results: dict[str, Any], rows: list[Row]) -> str:
         "",
         f"{len(rows)} kernels, {failed} break a limit.",
         "",
-        "| " + " | ".join(heads) + " |",
-        "|" + "---|" * len(heads),
+        f"|{HEADS}|",
+        "|" + "---|" * len(HEADS.split("|")),
     ]
     return "\n".join(lines + ["| " + " | ".join(cells(r)).replace("\n", " ") + " |" for r in rows]) + "\n"
 
 
-def save(out: Path, rows: list[Row], arguments: list[str]) -> None:
-    """Write compile.json and compile.md, each beside its place first."""
+def save(out: Path, rows: list[Row], arguments: list[str], at: dict[str, Any]) -> None:
+    """Write compile.json and compile.md, each beside its place first; `at` is the commit compiled."""
     results = {
         "triton": triton.__version__,
         "torch": torch.__version__,
-        "commit": commit(ROOT, None),
+        "commit": at,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "kernels/bench/compile_table.py", *arguments]),
         "rows": [asdict(r) for r in rows],
@@ -383,13 +384,13 @@ def main(arguments: list[str]) -> int:
         for case, targets in plan()
         if any(fnmatchcase(str(case), glob) for glob in args.cases)
     ]
-    rows = []
+    rows, at = [], commit(ROOT, None)
     for row in table(chosen, args.kernels):
         print(*cells(row), sep="  ", flush=True)
         rows.append(row)
     if not rows:
         parser.error("no case, target and kernel fit; cases: " + ", ".join(str(c) for c, _ in plan()))
-    save(args.out, rows, [x if x != str(args.out) else "DIR" for x in arguments])
+    save(args.out, rows, [x if x != str(args.out) else "DIR" for x in arguments], at)
     failed = [row for row in rows if row.broken]
     print(f"{len(rows)} kernels, {len(failed)} break a limit")
     return 1 if failed and args.check else 0

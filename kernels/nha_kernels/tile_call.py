@@ -52,17 +52,33 @@ def choose_tiling(dim: int, slots: int, dtype: torch.dtype, arch: str = "", back
         backward: of the backward pass, which recomputes its own tile states.
     """
     block = min(64, power_of_two(slots))
-    wide = power_of_two(dim) > 128 or dtype == torch.float32
     out = Tiling(slots=block, gate_slots=min(32, block), scan_dims=min(64, power_of_two(dim)))
     if not arch:
         return replace(out, rows=32, keys=32)
-    if wide:
-        return replace(out, rows=32, keys=32, slots=min(32, block), gate_slots=16, warps=(8, 8, 8, 8))
+    amd, tensor_memory = arch.startswith("gfx"), arch in ("sm_100", "sm_103")
+    small, many, synchronous = dim <= 64, slots > 64, not amd and not tensor_memory and arch != "sm_90"
+    # What spills least, then fewest warps, then largest blocks. Four warps of AMD have 512 registers per thread, eight
+    # half of that; NVIDIA's have 255 either way, so what does not fit needs eight. On synchronous mma (sm_8x) operands
+    # take registers too: fewer rows, and slots in one block as long as they fit. Exact fp32 products are no matrix
+    # instructions on NVIDIA and hold whole operands in registers.
+    most = 4 if amd else 8
+    if dtype == torch.float32:
+        return replace(out, rows=16, keys=16, gate_slots=16, warps=(most,) * 4)
+    if power_of_two(dim) > 128:
+        return replace(out, rows=32 if backward or amd else 64, keys=32, gate_slots=16, warps=(most,) * 4)
+    if not backward and synchronous:
+        rows, block = 32 if slots > 128 else 64, min(128, power_of_two(slots))
+        return replace(out, rows=rows, slots=block, warps=(4 if small and not many else 8, 4, 4, 4))
     if not backward:
-        return replace(out, warps=(8 if slots > 64 or arch < "sm_9" and arch[0] == "s" else 4, 4, 4, 4))
-    if arch in ("sm_90", "sm_100", "sm_103"):
-        return replace(out, keys=32 if arch == "sm_90" else 64, warps=(4, 8, 8, 8))
-    return replace(out, rows=32, keys=32)
+        return replace(out, warps=(most if many and not tensor_memory else 4, 4, 4, 4))
+    if synchronous:
+        return replace(out, rows=32, warps=(4, 8 if many else 4, 8, 8))
+    out = replace(out, keys=64 if small else 32)
+    if amd:
+        return replace(out, gate_slots=min(32, block) if small else 16)
+    if arch == "sm_90" and not small:
+        return replace(out, gate_slots=16, warps=(4, 8, 8, 4))
+    return replace(out, warps=(4, 8, 8, 8))
 
 
 @lru_cache(maxsize=8)

@@ -8,9 +8,24 @@ Legend: as in op_cases.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from nha_kernels import write_strength
 from nha_kernels.rotary import rotate
+from op_cases import noise
+
+LEARNED = ("q", "k", "v", "log_decay", "slot_q_scale", "slot_bias")
+
+
+def output_and_gradients(
+    attention: Callable[..., torch.Tensor], x: dict[str, torch.Tensor], cast: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """Output and every gradient of an attention function of the inputs, or of the inputs cast."""
+    leaves = {n: (y if cast is None else y.to(cast)).detach().requires_grad_(n in LEARNED) for n, y in x.items()}
+    o = attention(**leaves)
+    o.backward(noise(o.cpu(), 1).to(o.device))
+    return {"o": o.detach()} | {f"d{n}": leaves[n].grad for n in LEARNED}
 
 
 def same_dtype_attention(

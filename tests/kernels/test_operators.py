@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from costs import counted_launches, saved_bytes_per_token
 from nha_kernels import NHAState, backends, log_decay_from_logits, nha_attention, nha_decode
 from nha_kernels.library import chunked_attention, decode, tile_attention
 from op_cases import attend, case, cut
@@ -122,62 +123,25 @@ def test_checkpointing_gives_the_same_gradient():
     assert torch.equal(*grads)
 
 
-def count_launches(monkeypatch) -> list[str]:
-    """Names of the kernels launched from here on."""
-    names: list[str] = []
-    if torch.cuda.is_available():
-        from triton.runtime.jit import JITFunction as Kernel
-    else:
-        from triton.runtime.interpreter import InterpretedFunction as Kernel
-    launch = Kernel.__getitem__
-
-    def counted(kernel, grid):
-        names.append(kernel.fn.__name__)
-        return launch(kernel, grid)
-
-    monkeypatch.setattr(Kernel, "__getitem__", counted)
-    return names
-
-
 @pytest.mark.parametrize("options", [{"window": 0}, {"window": 4, "sinks": 2}])
-def test_launches(options, monkeypatch):
+def test_launches(options):
     """Forward 2, backward 5, decode at most 2, with every learnable on."""
     x = {n: y.requires_grad_(n not in ("cos", "sin")) for n, y in small().items()}
-    names = count_launches(monkeypatch)
-    o, state = nha_attention(**x, backend="triton", output_final_state=True, **options)
-    assert names == ["tile_states", "attend"]
-    names.clear()
-    o.sum().backward()
-    assert names == ["tile_states", "query_side", "reverse_scan", "key_side", "gate_side"]
-    names.clear()
+    with counted_launches() as forward:
+        o, state = nha_attention(**x, backend="triton", output_final_state=True, **options)
+    assert forward == ["tile_states", "attend"]
+    with counted_launches() as backward:
+        o.sum().backward()
+    assert backward == ["tile_states", "query_side", "reverse_scan", "key_side", "gate_side"]
     last = {n: y.detach() if n.startswith("slot") else y[:, -1:].detach() for n, y in x.items()}
-    nha_decode(**last, state=state.detach().clone(), backend="triton")
-    assert 1 <= len(names) <= 2
+    with counted_launches() as decoding:
+        nha_decode(**last, state=state.detach().clone(), backend="triton")
+    assert 1 <= len(decoding) <= 2
 
 
 def test_saved_for_backward():
-    """Bytes per token and layer at Llama-3-8B's attention, bf16: q, k, v, o, log decay and lse, nothing else grows."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    time, heads, groups, dim, slots = 4096, 32, 8, 128, 64
-    saved: dict[int, int] = {}
-
-    def count(x):
-        saved[id(x)] = x.numel() * x.element_size()
-        kept.append(x)
-        return x
-
-    kept: list[torch.Tensor] = []
-    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-        q, k, v = (
-            torch.empty(1, time, h, dim, dtype=torch.bfloat16, requires_grad=True) for h in (heads, groups, groups)
-        )
-        log_decay = torch.empty(1, time, groups, slots, requires_grad=True)
-        cos = torch.empty(1, time, dim, dtype=torch.bfloat16)
-        o, _ = nha_attention(q, k, v, log_decay, window=64, cos=cos, sin=cos.clone(), backend="triton")
-    assert o.shape == q.shape
-    rotary = 2 * time * dim * 2  # shared by all layers
-    assert (sum(saved.values()) - rotary) / time <= 24_000
+    """q, k, v, o, log decay and lse, nothing else: 24 KB per token and layer at Llama-3-8B's attention."""
+    assert saved_bytes_per_token() <= 24_000
 
 
 def test_backends(monkeypatch):

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nha_kernels import NHAState, log_decay_from_logits, nha_attention
-from op_cases import EXACT, FLOAT, assert_close, attend, case, cut, noise, run
-from same_dtype import same_dtype_attention
+from op_cases import EXACT, FLOAT, assert_close, attend, case, cut, run
+from same_dtype import output_and_gradients, same_dtype_attention
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -105,15 +105,6 @@ def test_segmented_scan(segments, monkeypatch):
     check(case(70, batch=1, groups=1, dtype=FLOAT), window=5, sinks=1)
 
 
-def gradients(attention, x: dict[str, torch.Tensor], cast: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Output and every gradient of an attention function; 16-bit inputs and fp32 gates, or everything in `cast`."""
-    learned = ("q", "k", "v", "log_decay", "slot_q_scale", "slot_bias")
-    leaves = {n: (y if cast is None else y.to(cast)).detach().requires_grad_(n in learned) for n, y in x.items()}
-    o = attention(**leaves)
-    o.backward(noise(o, 1))
-    return {"o": o.detach()} | {f"d{n}": leaves[n].grad for n in learned}
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["normal", "mixed"])
 def test_16_bit_error_is_within_twice_pytorchs(dtype, kind):
@@ -123,9 +114,9 @@ def test_16_bit_error_is_within_twice_pytorchs(dtype, kind):
     x = {n: y.float() if n in exact else y.to(dtype) for n, y in x.items()}
     x["log_decay"] = log_decay_from_logits(x.pop("logits").float(), 8.0)
     options = {"window": 20, "sinks": 2}
-    want = gradients(lambda **a: nha_attention(**a, **options, backend="torch")[0], x, EXACT)
-    got = gradients(lambda **a: nha_attention(**a, **options, backend="triton")[0], x, None)
-    plain = gradients(lambda **a: same_dtype_attention(**a, **options), x, None)
+    want = output_and_gradients(lambda **a: nha_attention(**a, **options, backend="torch")[0], x, EXACT)
+    got = output_and_gradients(lambda **a: nha_attention(**a, **options, backend="triton")[0], x)
+    plain = output_and_gradients(lambda **a: same_dtype_attention(**a, **options), x)
     for name, y in want.items():
         ours, theirs = ((z[name].double() - y).norm() for z in (got, plain))
         if name == "dslot_bias":  # four numbers: their error is no statistic; 2 % holds in either dtype

@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from nha_kernels import log_decay_from_logits, nha_attention, nha_decode
-from op_cases import EXACT, attend, case, cut, noise
-from same_dtype import same_dtype_attention
+from op_cases import EXACT, attend, case, cut
+from same_dtype import output_and_gradients, same_dtype_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-LEARNED = ("q", "k", "v", "log_decay", "slot_q_scale", "slot_bias")
 
 
 def on_gpu(time: int, dtype: torch.dtype, **options) -> dict[str, torch.Tensor]:
@@ -18,14 +16,6 @@ def on_gpu(time: int, dtype: torch.dtype, **options) -> dict[str, torch.Tensor]:
     x = {n: y.cuda() for n, y in case(time, dtype=dtype, **options).items()}
     x["log_decay"] = log_decay_from_logits(x.pop("logits").float(), 8.0)
     return {n: y.float() if n in ("log_decay", "slot_q_scale", "slot_bias") else y.to(dtype) for n, y in x.items()}
-
-
-def gradients(attention, x: dict[str, torch.Tensor], cast: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Output and every gradient."""
-    leaves = {n: (y if cast is None else y.to(cast)).detach().requires_grad_(n in LEARNED) for n, y in x.items()}
-    o = attention(**leaves)
-    o.backward(noise(o.cpu(), 1).to(o.device))
-    return {"o": o.detach()} | {f"d{n}": leaves[n].grad for n in LEARNED}
 
 
 SHAPES = [  # time, groups, repeat, dim, slots, window, sinks
@@ -43,9 +33,9 @@ SHAPES = [  # time, groups, repeat, dim, slots, window, sinks
 def test_error_is_within_twice_pytorchs(time, groups, repeat, dim, slots, window, sinks, dtype):
     x = on_gpu(time, dtype, batch=1, groups=groups, repeat=repeat, dim=dim, slots=slots, rotary=dim)
     options = {"window": window, "sinks": sinks}
-    want = gradients(lambda **a: nha_attention(**a, **options, backend="torch")[0], x, EXACT)
-    got = gradients(lambda **a: nha_attention(**a, **options, backend="triton")[0], x)
-    plain = gradients(lambda **a: same_dtype_attention(**a, **options), x)
+    want = output_and_gradients(lambda **a: nha_attention(**a, **options, backend="torch")[0], x, EXACT)
+    got = output_and_gradients(lambda **a: nha_attention(**a, **options, backend="triton")[0], x)
+    plain = output_and_gradients(lambda **a: same_dtype_attention(**a, **options), x)
     for name, y in want.items():
         ours, theirs = ((z[name].double() - y).norm() for z in (got, plain))
         floor = 1e-5 if dtype == torch.float32 else 1e-2 if name == "dslot_bias" else 0.0
@@ -54,7 +44,10 @@ def test_error_is_within_twice_pytorchs(time, groups, repeat, dim, slots, window
 
 def test_two_runs_are_bit_equal():
     x = on_gpu(700, torch.bfloat16, batch=1, groups=2, repeat=4, dim=128, slots=64, rotary=128)
-    runs = [gradients(lambda **a: nha_attention(**a, window=64, sinks=4, backend="triton")[0], x) for _ in range(2)]
+    runs = [
+        output_and_gradients(lambda **a: nha_attention(**a, window=64, sinks=4, backend="triton")[0], x)
+        for _ in range(2)
+    ]
     assert all(torch.equal(runs[0][n], runs[1][n]) for n in runs[0])
 
 
@@ -68,7 +61,7 @@ def test_segmented_scan(segments, monkeypatch):
     x = on_gpu(4000, torch.bfloat16, batch=1, groups=2, repeat=2, dim=128, slots=64, rotary=128)
 
     def run():
-        return gradients(lambda **a: nha_attention(**a, window=64, sinks=4, backend="triton")[0], x)
+        return output_and_gradients(lambda **a: nha_attention(**a, window=64, sinks=4, backend="triton")[0], x)
 
     choose = tile_call.choose_tiling
     whole = run()
