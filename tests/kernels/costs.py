@@ -29,7 +29,7 @@ def counted_launches() -> Iterator[list[str]]:
 
 
 def saved_bytes_per_token() -> float:
-    """Bytes that one layer keeps per token at Llama-3-8B's shapes in bf16, without the layers' shared rotary factors."""
+    """Bytes that one layer keeps per token at Llama-3-8B's shapes in bf16, without the shared rotary factors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     time, heads, groups, dim, slots = 4096, 32, 8, 128, 64
