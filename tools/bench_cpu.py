@@ -41,6 +41,7 @@ from nha_convert.settings import NHASettings  # noqa: E402
 HEADS, GROUPS, DIM, HIDDEN, INTERMEDIATE = 14, 2, 64, 896, 4864
 SLOTS, WINDOW, SINKS = 64, 64, 4
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+RESULTS = ROOT / "kernels" / "bench" / "results"
 TARGETS = {"prefill": 2.5, "attention": 8.0, "decode": 6.0, "cache": 50.0}  # times better than the teacher
 
 
@@ -59,7 +60,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="timed decode steps per context; the median counts")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="bf16 is what transformers loads")
-    parser.add_argument("--out", type=Path, default=ROOT / "kernels" / "bench" / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
 
 
@@ -298,6 +299,20 @@ def main() -> None:
     (options.out / f"cpu-{options.dtype}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (options.out / f"cpu-{options.dtype}.md").write_text(page(results), encoding="utf-8")
     print(page(results))
+    if options.dtype == "bf16" and options.out == RESULTS:
+        write_readme(results)
+
+
+def write_readme(results: dict[str, Any]) -> None:
+    """README's table of the CPU, between its two markers."""
+    path, marker = ROOT / "README.md", "<!-- cpu-table -->"
+    before, _, after = path.read_text(encoding="utf-8").split(marker)
+    e = results["environment"]
+    note = f"Qwen2.5-0.5B's shapes, all layers NHA, M {SLOTS}, W {WINDOW}, bf16, {e['cores']} cores of {e['cpu']}."
+    lines = ["| | teacher | NHA | target | measured |", "|---|---|---|---|---|"]
+    lines += ["| " + " | ".join(row) + " |" for row in table(results)]
+    block = "\n".join([marker, *lines, "", note + " Written by `python tools/bench_cpu.py`.", marker])
+    path.write_text(before + block + after, encoding="utf-8")
 
 
 if __name__ == "__main__":
