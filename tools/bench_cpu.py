@@ -1,6 +1,6 @@
 """Measure NHA on the CPU against the teacher with its KV cache; write kernels/bench/results/cpu-bf16.{json,md}.
 
-    python tools/bench_cpu.py                                                      Qwen2.5-0.5B's shapes (20 minutes)
+    python tools/bench_cpu.py                                                      Qwen2.5-0.5B's shapes (7 minutes)
     python tools/bench_cpu.py --tokens 512 --layers 2 --vocabulary 1000 --contexts 128 1024 --out /tmp/cpu    seconds
 
 A randomly initialised model of those shapes is converted in memory, so that every layer is NHA; the teacher is the same
@@ -52,7 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 8192, 32768], help="of the decode steps")
-    parser.add_argument("--chunk", type=int, default=1024, help="tokens per call of the chunked prefill; 0: leave out")
+    parser.add_argument("--chunk", type=int, default=2048, help="tokens per call of the chunked prefill; 0: leave out")
     parser.add_argument("--repeats", type=int, default=1, help="prefills of each kind; the fastest counts")
     parser.add_argument(
         "--attention-repeats", type=int, default=5, help="runs of the attention alone; the median counts"
