@@ -71,11 +71,12 @@ def choose_tiling(dim: int, slots: int, dtype: torch.dtype, arch: str = "", back
         return replace(out, rows=rows, slots=block, warps=(4 if small and not many else 8, 4, 4, 4))
     if not backward:
         return replace(out, warps=(most if many and not tensor_memory else 4, 4, 4, 4))
-    if synchronous:
-        return replace(out, rows=32, warps=(4, 8 if many else 4, 8, 8))
+    if synchronous or arch == "sm_90" and slots > 128:
+        keys, block = 32 if small or many else 64, min(128, power_of_two(slots))
+        return replace(out, rows=32, keys=keys, slots=block, warps=(4, 8 if small or many else 4, 8, 8))
     out = replace(out, keys=64 if small else 32)
-    if amd:
-        return replace(out, gate_slots=min(32, block) if small else 16)
+    if amd:  # more rows on 256 slots take minutes to compile
+        return replace(out, rows=32 if slots > 128 else 64, gate_slots=min(32, block) if small else 16)
     if arch == "sm_90" and not small:
         return replace(out, gate_slots=16, warps=(4, 8, 8, 4))
     return replace(out, warps=(4, 8, 8, 8))
