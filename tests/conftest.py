@@ -1,18 +1,18 @@
 """Pico models and a byte tokenizer for every test: two layers, hidden 64, random weights that are not near zero."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach a network
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels run in its interpreter; set before anything imports triton
+os.environ.setdefault("NHA_TEST_LANE", "gpu" if "gpu" in sys.argv else "default")  # workers of xdist inherit it
+if os.environ["NHA_TEST_LANE"] != "gpu":  # all but `-m gpu` runs Triton's kernels in its interpreter, on CPU tensors
+    os.environ["TRITON_INTERPRET"] = "1"  # set before anything imports triton
 
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,

@@ -12,27 +12,42 @@ import torch
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def choose_backend(backend: str, q: torch.Tensor, log_decay: torch.Tensor) -> str:
+def named(backend: str) -> str:
+    """The backend asked for: the environment variable NHA_BACKEND goes before the argument.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    name = os.environ.get("NHA_BACKEND") or backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r} is unknown; use one of {', '.join(BACKENDS)}")
+    return name
+
+
+def choose_backend(
+    backend: str, q: torch.Tensor, log_decay: torch.Tensor, state_dtype: torch.dtype = torch.float32
+) -> str:
     """The backend to run: "triton", "torch" or "reference".
 
     Args:
         backend: one of `BACKENDS`; the environment variable NHA_BACKEND goes before it.
         q: [B,T,H,D]
         log_decay: [B,T,G,M]
+        state_dtype: of the slots, where there is a state.
     Raises:
         ValueError: the name is unknown.
         RuntimeError: "triton" was asked for by name and cannot run this call; "auto" falls back with one warning.
     """
-    name = os.environ.get("NHA_BACKEND") or backend
-    if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} is unknown; use one of {', '.join(BACKENDS)}")
+    name = named(backend)
     if name not in ("auto", "triton") or (name == "auto" and q.device.type != "cuda"):
         return "torch" if name == "auto" else name
     reason = _obstacle(q.device.type, q.dtype, q.shape[-1], q.shape[2] // log_decay.shape[2], log_decay.shape[3])
+    if not reason and state_dtype != torch.float32:
+        reason = f"its state's slots are {state_dtype}, the kernels keep fp32"
     if not reason:
         return "triton"
     if name == "triton":

@@ -117,7 +117,7 @@ def slot_block(
 def query_side(
     q, k, turned, v, log_decay, g2, states, cos, sin, slot_q_scale, slot_bias, o, lse, do, dlse,
     dq, slot_weights, slot_grads, decay_grads, delta, part_scale, part_bias, part_sink,
-    starts, lengths, first_tile, tile_doc, seen, T, tiles, total_tiles, past, W, S, per_doc, scale,
+    starts, lengths, first_tile, tile_doc, seen, T, tiles, total_tiles, past, W, S, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, P: tl.constexpr, BT: tl.constexpr,
     BC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
     SLOTS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK_EMPTY: tl.constexpr,

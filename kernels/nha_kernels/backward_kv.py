@@ -59,14 +59,14 @@ def own_rise(g2, decay, n, row_ok, first, left, m, m_ok, STRIDE: tl.constexpr, B
 
 @triton.jit(do_not_specialize=SIZES)
 def key_side(
-    q, k, turned, v, log_decay, g2, adjoints, cos, sin, slot_q_scale, lse, do, slot_weights, slot_grads, delta,
+    q, turned, v, log_decay, g2, adjoints, cos, sin, slot_q_scale, lse, do, slot_weights, slot_grads, delta,
     sink_grad, dk, dv,
     starts, lengths, first_tile, first_key_tile, key_tile_doc, seen, T, key_tiles, tiles, total_tiles, past, W, S,
     scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, P: tl.constexpr, BT: tl.constexpr,
     BC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
-    SLOTS: tl.constexpr, STATES: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK_EMPTY: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr, SEEN: tl.constexpr,
+    SLOTS: tl.constexpr, STATES: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, RAGGED: tl.constexpr, SEEN: tl.constexpr,
     SHARED_COS: tl.constexpr, PRECISION: tl.constexpr, DECAY_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of the tokens that one tile absorbs."""
@@ -118,7 +118,7 @@ def key_side(
             m = block * BM + tl.arange(0, BM)
             m_ok = m < M
             decay, write, to_end, la = tile_decays(g2, log_decay, row_ok, absorbs, length - t0, m, m_ok, G * M, BT)
-            to_state = narrow(write * to_end, dtype)
+            to_state = narrow(write * to_end, adjoints.dtype.element_ty)
             at = m[:, None] * D
             ok = m_ok[:, None] & (j < D // 2)[None, :]
             acc_a += dot(to_state, tl.load(handed_k + at + col_a[None, :], mask=ok, other=0.0), PRECISION)
@@ -278,7 +278,7 @@ def gate_side(
             token = tl.load(k + x_at, mask=x_keep, other=0.0)
         else:
             token = tl.load(v + x_at, mask=x_keep, other=0.0)
-        to_state += dot(token, tl.trans(adjoint), PRECISION) * to_end
+        to_state += dot(narrow(token, adjoint.dtype), tl.trans(adjoint), PRECISION) * to_end
         if SLOTS:
             for r in tl.range(0, R, num_stages=1):
                 head = row0 + r

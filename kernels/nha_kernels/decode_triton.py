@@ -26,7 +26,7 @@ except ImportError as missing:
     raise ImportError("the Triton kernels need triton: pip install triton, or use backend='torch'") from missing
 
 from .state import NHAState
-from .tile_call import power_of_two
+from .tiling import power_of_two
 from .triton_common import (
     FLOOR,
     LOG2E,
@@ -35,6 +35,7 @@ from .triton_common import (
     dot,
     half_columns,
     load_turn,
+    narrow,
     softmax_step,
     turn,
     wide,
@@ -51,14 +52,14 @@ UNSPECIALISED = (*SIZES, "splits", "cos_step", "real_step")
 @triton.jit
 def take_in(
     k, v, log_decay, cos, sin, keys, values, kept_decay, kept_cos, kept_sin, place, g, d,
-    D: tl.constexpr, M: tl.constexpr, P: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, DECAY: tl.constexpr,
+    D: tl.constexpr, M: tl.constexpr, P: tl.constexpr, BQ: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
     """Copy the incoming token of one head to a ring or sink place, head 0 of the row its cos and sin too.
 
     All pointers are at the head's (cos, sin: the row's) first element.
     """
-    tl.store(keys + place * D + d, tl.load(k + d, mask=d < D).to(keys.dtype.element_ty), mask=d < D)
-    tl.store(values + place * D + d, tl.load(v + d, mask=d < D).to(values.dtype.element_ty), mask=d < D)
+    tl.store(keys + place * D + d, narrow(tl.load(k + d, mask=d < D), keys.dtype.element_ty), mask=d < D)
+    tl.store(values + place * D + d, narrow(tl.load(v + d, mask=d < D), values.dtype.element_ty), mask=d < D)
     if DECAY:
         m = tl.arange(0, BQ)
         tl.store(kept_decay + place * M + m, tl.load(log_decay + m, mask=m < M).to(tl.float32), mask=m < M)
@@ -85,11 +86,11 @@ def incoming_step(
 ):  # fmt: skip
     """Online softmax over the incoming token alone, its key and value as the ring will keep them."""
     half_ok = (j < D // 2)[None, :]
-    a = tl.load(k + col_a[None, :], mask=half_ok, other=0.0).to(ring_k.dtype.element_ty).to(tl.float32)
-    b = tl.load(k + col_b[None, :], mask=half_ok, other=0.0).to(ring_k.dtype.element_ty).to(tl.float32)
+    a = narrow(tl.load(k + col_a[None, :], mask=half_ok, other=0.0), ring_k.dtype.element_ty).to(tl.float32)
+    b = narrow(tl.load(k + col_b[None, :], mask=half_ok, other=0.0), ring_k.dtype.element_ty).to(tl.float32)
     if P > 0:
         a, b = turn(a, b, cosine, sine)
-    x = tl.load(v + d, mask=d < D, other=0.0).to(ring_v.dtype.element_ty).to(tl.float32)
+    x = narrow(tl.load(v + d, mask=d < D, other=0.0), ring_v.dtype.element_ty).to(tl.float32)
     score = (tl.sum(q_a * a, 1) + tl.sum(q_b * b, 1)) * scale2
     best = tl.maximum(top, score)
     fade, weight = tl.exp2(top - best), tl.exp2(score - best)
@@ -162,8 +163,8 @@ def decode(
         gone = head * C + (rank + 1) % C
         gone_k, gone_v, gone_decay = ring_k + gone * D, ring_v + gone * D, ring_log_decay + gone * M
     token_ok = d < tl.where(absorbs, D, 0)
-    token_k = tl.load(gone_k + d, mask=token_ok, other=0.0).to(ring_k.dtype.element_ty).to(tl.float32)
-    token_v = tl.load(gone_v + d, mask=token_ok, other=0.0).to(ring_v.dtype.element_ty).to(tl.float32)
+    token_k = narrow(tl.load(gone_k + d, mask=token_ok, other=0.0), ring_k.dtype.element_ty).to(tl.float32)
+    token_v = narrow(tl.load(gone_v + d, mask=token_ok, other=0.0), ring_v.dtype.element_ty).to(tl.float32)
     slot_k += head * (M * D)
     slot_v += head * (M * D)
     if SLOTS:
@@ -204,12 +205,12 @@ def decode(
             if SINKS:
                 take_in(
                     k, v, log_decay, cos, sin, sink_k, sink_v, ring_log_decay, sink_cos + row * S * P,
-                    sink_sin + row * S * P, rank.to(tl.int32), g, d, D, M, P, BD, BQ, False,
+                    sink_sin + row * S * P, rank.to(tl.int32), g, d, D, M, P, BQ, False,
                 )  # fmt: skip
         else:
             take_in(
                 k, v, log_decay, cos, sin, ring_k, ring_v, ring_log_decay + head * C * M, ring_cos + row * C * P,
-                ring_sin + row * C * P, place, g, d, D, M, P, BD, BQ, True,
+                ring_sin + row * C * P, place, g, d, D, M, P, BQ, True,
             )  # fmt: skip
     if EXACT:
         one = tl.arange(0, 1)
@@ -251,7 +252,7 @@ def decode(
         tl.store(parts + r * (D + STATS) + D + 1, total, mask=r < R)
     else:
         acc *= tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0)[:, None]
-        tl.store(o + head * (R * D) + r[:, None] * D + d[None, :], acc.to(o.dtype.element_ty), mask=ok)
+        tl.store(o + head * (R * D) + r[:, None] * D + d[None, :], narrow(acc, o.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -286,7 +287,7 @@ def combine(
         acc = acc * fade + tl.sum(part * weight[:, None], 0)
         top = best
     acc *= tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0)
-    tl.store(o + program * D + d, acc.to(o.dtype.element_ty), mask=d < D)
+    tl.store(o + program * D + d, narrow(acc, o.dtype.element_ty), mask=d < D)
 
 
 @lru_cache(maxsize=8)

@@ -94,7 +94,7 @@ def slot_values(
 @triton.jit(do_not_specialize=SIZES)
 def attend(
     q, k, turned, v, log_decay, g2, states, cos, sin, slot_q_scale, slot_bias, o, lse,
-    starts, lengths, first_tile, tile_doc, seen, T, tiles, total_tiles, past, W, S, per_doc, scale2,
+    starts, lengths, first_tile, tile_doc, seen, T, tiles, total_tiles, past, W, S, scale2,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, P: tl.constexpr, BT: tl.constexpr,
     BC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
     SLOTS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK_EMPTY: tl.constexpr,

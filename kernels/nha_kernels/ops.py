@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from .backends import choose_backend, triton_step
+from .backends import choose_backend, named, triton_step
 from .chunked import nha_chunked
 from .decode_torch import decode_step
-from .library import chunked_attention, decode
+from .library import decode
+from .library_chunked import chunked_attention
 from .reference import nha_recurrent
 from .state import NHAState
 from .tiled import nha_tiled
@@ -105,7 +106,7 @@ def nha_attention(
     else:
         options |= {"output_final_state": output_final_state, "return_lse": return_lse}
         if chosen == "triton":
-            o, lse, final = nha_tiled(q, k, v, log_decay, by_name=backend != "auto", **options)
+            o, lse, final = nha_tiled(q, k, v, log_decay, by_name=named(backend) == "triton", **options)
         elif torch.compiler.is_compiling():
             o, lse, final = _compiled_chunked(q, k, v, log_decay, **options)
         else:
@@ -194,7 +195,7 @@ def nha_decode(
         "slot_q_scale": slot_q_scale,
     }
     options |= {"slot_bias": slot_bias, "padding_mask": padding_mask, "branch": branch}
-    chosen = choose_backend(backend, q, log_decay)
+    chosen = choose_backend(backend, q, log_decay, state.slot_k.dtype)
     with torch.no_grad():
         if torch.compiler.is_compiling() and chosen != "reference":
             held = list(state.tensors().values())
@@ -284,8 +285,14 @@ def _check_rows(q: torch.Tensor, padding_mask: torch.Tensor | None, cu_seqlens: 
         raise ValueError(f"cu_seqlens must be integers [N+1], got {cu_seqlens.dtype} {_shape(cu_seqlens)}")
     if torch.compiler.is_compiling():
         return len(cu_seqlens) - 1  # its values are not known yet
-    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != time or bool((cu_seqlens.diff() < 0).any()):
-        raise ValueError(f"cu_seqlens must rise from 0 to {time}, got {cu_seqlens.tolist()}")
+    seen = None if cu_seqlens.is_inference() else (time, cu_seqlens._version)
+    if (
+        seen is None or getattr(cu_seqlens, "_nha_checked", None) != seen
+    ):  # once, not once per layer: it waits for a GPU
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != time or ends != sorted(ends):
+            raise ValueError(f"cu_seqlens must rise from 0 to {time}, got {ends}")
+        cu_seqlens._nha_checked = seen  # type: ignore[attr-defined]
     return len(cu_seqlens) - 1
 
 

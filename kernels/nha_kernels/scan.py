@@ -45,7 +45,7 @@ def rotate_keys(
 
 @triton.jit
 def absorb_tile(
-    log_decay, x, g2, carry, base, c, length, hidden, m, m_ok, d, d_ok, keep_g2,
+    log_decay, x, g2, carry, c, length, hidden, m, m_ok, d, d_ok, keep_g2,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state after tile c, and the tile's whole log2 decay [BM]; writes g2 if asked.
@@ -130,7 +130,7 @@ def tile_states(
         if SEGMENTED:
             tl.store(tile_decay + (at * G + g) * M + m, since, mask=m_ok)
         carry, whole = absorb_tile(
-            log_decay, x, g2, carry, 0, c, length, hidden, m, m_ok, d, d_ok, (side == 0) & (i_d == 0),
+            log_decay, x, g2, carry, c, length, hidden, m, m_ok, d, d_ok, (side == 0) & (i_d == 0),
             G, D, M, BT, PRECISION,
         )  # fmt: skip
         since += whole
@@ -203,7 +203,7 @@ def reverse_scan(
             )
         else:
             add_sinks(
-                part_sink, sink_grad, lengths, first_tile, other - parameters, T, tiles, S, H, G, D, BT, BS, RAGGED,
+                part_sink, sink_grad, lengths, first_tile, other - parameters, tiles, S, H, G, D, BT, BS, RAGGED,
             )  # fmt: skip
         return
     ND: tl.constexpr = (D + BD - 1) // BD
@@ -303,7 +303,7 @@ def add_parameters(
 
 @triton.jit
 def add_sinks(
-    part_sink, sink_grad, lengths, first_tile, index, T, tiles, S,
+    part_sink, sink_grad, lengths, first_tile, index, tiles, S,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one sink's key and value [N,G,S,2,D], tiles and query heads in order; part_sink [tiles,H,S,2,D]."""

@@ -6,8 +6,7 @@ P rotary dims, S sinks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,80 +15,8 @@ from .backward import query_side
 from .backward_kv import gate_side, key_side
 from .forward import attend
 from .scan import reverse_scan, tile_states
-
-SUB_CHUNK = 16  # rows whose decays share a reference point; `gates.LOG_DECAY_FLOOR` allows no more in fp32
-SINK_BLOCK = 16
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """Block sizes and warps of one problem's kernels."""
-
-    rows: int = 64  # BT
-    keys: int = 64  # BN
-    slots: int = 64  # BM of the attention kernels
-    scan_slots: int = 16
-    scan_dims: int = 64
-    segments: int = 0  # of the state scan; 0 chooses
-    warps: tuple[int, int, int, int] = (4, 4, 4, 4)  # attend, query side, key side, gate side
-    stages: tuple[int, int, int, int] = (1, 1, 1, 1)
-    gate_slots: int = 32
-
-
-def power_of_two(n: int) -> int:
-    """The least power of two that is at least n, and 16, the least size of a matrix product."""
-    return max(16, 1 << (n - 1).bit_length())
-
-
-def choose_tiling(dim: int, slots: int, dtype: torch.dtype, arch: str = "", backward: bool = False) -> Tiling:
-    """Block sizes for a problem, chosen by what compiles without spills (kernels/bench/results/compile.md).
-
-    Args:
-        dim: head_dim.
-        slots: M.
-        dtype: of q, k, v.
-        arch: "sm_80", "sm_90", ..., "gfx942"; empty in the interpreter.
-        backward: of the backward pass, which recomputes its own tile states.
-    """
-    block = min(64, power_of_two(slots))
-    out = Tiling(slots=block, gate_slots=min(32, block), scan_dims=min(64, power_of_two(dim)))
-    if not arch:
-        return replace(out, rows=32, keys=32)
-    amd, tensor_memory = arch.startswith("gfx"), arch in ("sm_100", "sm_103")
-    small, many, synchronous = dim <= 64, slots > 64, not amd and not tensor_memory and arch != "sm_90"
-    # What spills least, then fewest warps, then largest blocks. Four warps of AMD have 512 registers per thread, eight
-    # half of that; NVIDIA's have 255 either way, so what does not fit needs eight. On synchronous mma (sm_8x) operands
-    # take registers too: fewer rows, and slots in one block as long as they fit. Exact fp32 products are no matrix
-    # instructions on NVIDIA and hold whole operands in registers.
-    most = 4 if amd else 8
-    if dtype == torch.float32:
-        return replace(out, rows=16, keys=16, gate_slots=16, warps=(most,) * 4)
-    if power_of_two(dim) > 128:
-        return replace(out, rows=32 if backward or amd else 64, keys=32, gate_slots=16, warps=(most,) * 4)
-    if not backward and synchronous:
-        rows, block = 32 if slots > 128 else 64, min(128, power_of_two(slots))
-        return replace(out, rows=rows, slots=block, warps=(4 if small and not many else 8, 4, 4, 4))
-    if not backward:
-        return replace(out, warps=(most if many and not tensor_memory else 4, 4, 4, 4))
-    if synchronous or arch == "sm_90" and slots > 128:
-        keys, block = 32 if small or many else 64, min(128, power_of_two(slots))
-        return replace(out, rows=32, keys=keys, slots=block, warps=(4, 8 if small or many else 4, 8, 8))
-    out = replace(out, keys=64 if small else 32)
-    if amd:  # more rows on 256 slots take minutes to compile
-        return replace(out, rows=32 if slots > 128 else 64, gate_slots=min(32, block) if small else 16)
-    if arch == "sm_90" and not small:
-        return replace(out, gate_slots=16, warps=(4, 8, 8, 4))
-    return replace(out, warps=(4, 8, 8, 8))
-
-
-@lru_cache(maxsize=8)
-def _arch(device: torch.device) -> tuple[str, int]:
-    """Architecture name and number of multiprocessors."""
-    if device.type != "cuda":
-        return "", 1
-    p = torch.cuda.get_device_properties(device)
-    name = getattr(p, "gcnArchName", "").split(":")[0] if torch.version.hip else f"sm_{p.major}{p.minor}"
-    return name, p.multi_processor_count
+from .tiling import SINK_BLOCK, SUB_CHUNK, Tiling, architecture, choose_tiling, power_of_two
+from .triton_common import LOG2E
 
 
 @dataclass(frozen=True)
@@ -139,12 +66,11 @@ class TileCall:
         self.groups, self.slots = x.log_decay.shape[1:]
         self.rotary = 0 if x.cos is None else x.cos.shape[1]
         self.time = self.rows if x.starts is not None else self.rows // documents
-        arch, self.processors = _arch(x.q.device)
-        self.tiling = tiling or choose_tiling(self.dim, self.slots, x.q.dtype, arch, backward)
+        self.arch, self.processors = architecture(x.q.device)
+        self.tiling = tiling or choose_tiling(self.dim, self.slots, x.q.dtype, self.arch, backward)
         self.shared_cos = x.cos is not None and x.cos.shape[0] != x.k.shape[0]
         self.per_doc = self.time + options.past
         self.tiles, self.total_tiles, self.maps = self._map(0)
-        self.absorbs = options.states
 
     def _map(self, more: int) -> tuple[int, int, tuple[Any, ...]]:
         """Tiles per document, tiles in all, and (starts, lengths, first_tile, tile_doc) of documents + `more` rows.
@@ -166,7 +92,9 @@ class TileCall:
         """Segments of the state scan, and tiles in each."""
         t = self.tiling
         most = self.tiles or -(-self.time // t.rows)
-        if t.segments:
+        if self.arch.startswith("gfx"):
+            number = 1  # AMD's barrier does not wait for other waves' stores, which the ticket relies on
+        elif t.segments:
             number = t.segments
         else:
             alone = self.documents * self.groups * 2 * -(-self.slots // t.scan_slots) * -(-self.dim // t.scan_dims)
@@ -263,7 +191,7 @@ class TileCall:
         attend[(self.total_tiles * self.heads,)](
             x.q, x.k, turned, x.v, x.log_decay, g2, states, _or(x.cos, x.k), _or(x.sin, x.k), _or(x.slot_q_scale, x.k),
             _or(x.slot_bias, x.k), out, lse, *self.maps, _or(x.seen, x.k), self.time, self.tiles, self.total_tiles,
-            o.past, o.window, o.sinks, self.per_doc, o.scale * 1.4426950408889634, BN=t.keys, BM=t.slots,
+            o.past, o.window, o.sinks, o.scale * LOG2E.value, BN=t.keys, BM=t.slots,
             BS=SINK_BLOCK, SLOTS=o.slots, WINDOW=o.exact and o.window > 0, SINKS=o.exact and o.sinks > 0,
             **self._attention_flags(), num_warps=t.warps[0], num_stages=t.stages[0],
         )  # fmt: skip
@@ -328,6 +256,7 @@ class TileCall:
         exact = o.exact and o.sinks > 0
         make = torch.zeros if x.starts is not None else torch.empty  # unequal lengths leave some tiles unused
         device, tiles = x.q.device, self.total_tiles
+        wide = torch.float32 if x.q.dtype == torch.float16 else x.q.dtype
 
         def share(wanted: bool, *shape: int) -> torch.Tensor:
             return make(*shape, device=device) if wanted else lse
@@ -336,7 +265,7 @@ class TileCall:
             dq=torch.empty_like(x.q) if x.starts is None else torch.zeros_like(x.q),
             weights=self._empty(self.rows, self.heads, self.slots, dtype=x.q.dtype) if o.slots else x.q,
             grads=self._empty(self.rows, self.heads, self.slots, dtype=x.q.dtype) if o.slots else x.q,
-            decay=self._empty(self.rows, self.heads, self.slots, dtype=x.q.dtype) if o.slots else x.q,
+            decay=self._empty(self.rows, self.heads, self.slots, dtype=wide) if o.slots else x.q,
             delta=torch.empty_like(lse),
             scale=share(o.slots and x.slot_q_scale is not None, tiles, self.heads, self.dim),
             bias=share(o.slots and x.slot_bias is not None, tiles, self.heads),
@@ -346,7 +275,7 @@ class TileCall:
             x.q, x.k, turned, x.v, x.log_decay, g2, states, _or(x.cos, x.k), _or(x.sin, x.k), _or(x.slot_q_scale, x.k),
             _or(x.slot_bias, x.k), out, lse, grad, _or(lse_grad, lse), kept.dq, kept.weights, kept.grads, kept.decay,
             kept.delta, kept.scale, kept.bias, kept.sink, *self.maps, _or(x.seen, x.k), self.time, self.tiles, tiles,
-            o.past, o.window, o.sinks, self.per_doc, o.scale, BN=t.keys, BM=t.slots, BS=SINK_BLOCK, SLOTS=o.slots,
+            o.past, o.window, o.sinks, o.scale, BN=t.keys, BM=t.slots, BS=SINK_BLOCK, SLOTS=o.slots,
             WINDOW=o.exact and o.window > 0, SINKS=exact, HAS_DLSE=lse_grad is not None, **self._attention_flags(),
             num_warps=t.warps[1], num_stages=t.stages[1],
         )  # fmt: skip
@@ -358,11 +287,12 @@ class TileCall:
         """Launch 3: adjoints, and gradients of the initial states, slot_q_scale, slot_bias and sinks (or any)."""
         x, t, o = self.x, self.tiling, self.options
         adjoints = initial = kept.delta
+        wide = torch.float32 if x.q.dtype == torch.float16 else x.q.dtype  # a slot gathers gradient all its life
         segments, size = self._segments()
         scan = self._scan_programs(segments) if o.states else 0
         if o.states:
             adjoints = torch.empty(
-                2, self.total_tiles, self.groups, self.slots, self.dim, dtype=x.q.dtype, device=x.q.device
+                2, self.total_tiles, self.groups, self.slots, self.dim, dtype=wide, device=x.q.device
             )
             initial = self._empty(2, self.documents, self.groups, self.slots, self.dim)
         has_scale, has_bias = o.slots and x.slot_q_scale is not None, o.slots and x.slot_bias is not None
@@ -389,12 +319,14 @@ class TileCall:
     ) -> None:  # fmt: skip
         """Launch 4: dk and dv."""
         x, t, o = self.x, self.tiling, self.options
-        sinks = o.exact and o.sinks > 0
+        sinks, flags = o.exact and o.sinks > 0, self._attention_flags()
+        for name in ("HAS_BIAS", "MASK_EMPTY"):
+            del flags[name]
         key_side[(total * self.groups,)](
-            x.q, x.k, turned, x.v, x.log_decay, g2, adjoints, _or(x.cos, x.k), _or(x.sin, x.k),
+            x.q, turned, x.v, x.log_decay, g2, adjoints, _or(x.cos, x.k), _or(x.sin, x.k),
             _or(x.slot_q_scale, x.k), lse, grad, kept.weights, kept.grads, kept.delta, sink, dk, dv, *maps, *shared,
             o.past, o.window, o.sinks, o.scale, BN=t.keys, BM=t.slots, SLOTS=o.slots, STATES=o.states,
-            WINDOW=o.exact and o.window > 0, SINKS=sinks and o.past == 0, **self._attention_flags(),
+            WINDOW=o.exact and o.window > 0, SINKS=sinks and o.past == 0, **flags,
             num_warps=t.warps[2], num_stages=t.stages[2],
         )  # fmt: skip
         if sinks and o.past:  # sinks of earlier calls stand before all that the programs own

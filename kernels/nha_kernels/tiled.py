@@ -93,7 +93,9 @@ def _softmax_attention(
         q, k = (rotate(x, cos[:, :, None], sin[:, :, None]) for x in (q, k))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    with torch.autocast(q.device.type, enabled=False):
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    return o.transpose(1, 2)
 
 
 class _Rows:
@@ -114,14 +116,15 @@ class _Rows:
         self.batch, self.time = shape[:2]
         self.documents, self.starts, self.lengths = self.batch, None, None
         self.order: torch.Tensor | None = None  # [L] places of the input, real tokens of each row first
-        self.device, self.mask = device, padding_mask
+        self.device, self.mask = device, None if padding_mask is None else padding_mask.to(device)
         if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.to(device)
             self.documents = cu_seqlens.shape[0] - 1
             self.starts, self.lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-        elif padding_mask is not None:
+        elif self.mask is not None:
             first = torch.arange(self.batch, device=device) * self.time
-            self.starts, self.lengths = first, padding_mask.sum(1)
-            self.order = (torch.argsort(~padding_mask, dim=1, stable=True) + first[:, None]).flatten()
+            self.starts, self.lengths = first, self.mask.sum(1)
+            self.order = (torch.argsort(~self.mask, dim=1, stable=True) + first[:, None]).flatten()
 
     def flat(self, x: torch.Tensor) -> torch.Tensor:
         """[L,...] contiguous from [B,T,...]; rotary factors that all rows share, [1,T,P], stay one row."""
@@ -165,15 +168,7 @@ class _Rows:
         place = (seen[:, None] - state.window + torch.arange(state.window, device=self.device)).remainder(
             state.window + 1
         )
-        own = torch.arange(flat[0].shape[0], device=self.device)
-        doc = torch.searchsorted(first, own, right=True) - 1
-        if self.starts is not None and self.order is None:  # empty documents share their start with the next
-            doc = torch.searchsorted((first + length)[:-1].contiguous(), own, right=True)
-        index = torch.empty(number * past + len(own), dtype=torch.int64, device=self.device)
-        index[own + (doc + 1) * past] = number * past + own
-        before = torch.arange(past, device=self.device)
-        at = (first + torch.arange(number, device=self.device) * past)[:, None] + before
-        index[at.flatten()] = torch.arange(number * past, device=self.device)
+        index = self._interleave(flat[0].shape[0], past)
         ring = ("ring_k", "ring_v", "ring_log_decay", "ring_cos", "ring_sin")
         sinks = ("sink_k", "sink_v", None, "sink_cos", "sink_sin")
         out = []
@@ -184,9 +179,25 @@ class _Rows:
             if sink_name is not None:
                 old = _tokens_first(getattr(state, sink_name)).to(x.dtype)
                 chosen = torch.where(held.view(*held.shape, *[1] * (x.dim() - 1)), old, chosen)
-            every = torch.cat([torch.cat([chosen, kept], 1).flatten(0, 1), x])
-            out.append(every.index_select(0, index))
+            before = torch.cat([chosen, kept], 1)  # [N,S+W,...]
+            if index is None:
+                out.append(torch.cat([before, x.view(number, -1, *x.shape[1:])], 1).flatten(0, 1))
+            else:
+                out.append(torch.cat([before.flatten(0, 1), x]).index_select(0, index))
         return out
+
+    def _interleave(self, tokens: int, past: int) -> torch.Tensor | None:
+        """Which of (N * past places of the past, then `tokens`) stands at each place; None where rows are equally long."""
+        if self.starts is None or self.lengths is None or self.order is not None:
+            return None
+        own = torch.arange(tokens, device=self.device)
+        doc = torch.searchsorted((self.starts + self.lengths)[:-1].contiguous(), own, right=True)
+        index = torch.empty(self.documents * past + tokens, dtype=torch.int64, device=self.device)
+        index[own + (doc + 1) * past] = self.documents * past + own
+        at = (self.starts + torch.arange(self.documents, device=self.device) * past)[:, None]
+        at = at + torch.arange(past, device=self.device)
+        index[at.flatten()] = torch.arange(self.documents * past, device=self.device)
+        return index
 
     def final_state(
         self,

@@ -12,12 +12,10 @@ from nha_kernels import nha_attention
 
 @contextmanager
 def counted_launches() -> Iterator[list[str]]:
-    """Names of the Triton kernels launched inside, in order."""
+    """Names of the Triton kernels launched inside, in order; in the interpreter."""
     names: list[str] = []
-    if torch.cuda.is_available():
-        from triton.runtime.jit import JITFunction as Kernel
-    else:
-        from triton.runtime.interpreter import InterpretedFunction as Kernel
+    from triton.runtime.interpreter import InterpretedFunction as Kernel
+
     launch = Kernel.__getitem__
 
     def counted(kernel, grid):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,8 @@ from op_cases import EXACT, FLOAT, assert_close, attend, case, cut, run
 from same_dtype import output_and_gradients, same_dtype_attention
 
 pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("these tests run in Triton's interpreter", allow_module_level=True)
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 FORWARD, GRADIENT = 2e-6, 1e-5  # of the largest entry, fp32 against fp64: the numbers
