@@ -187,7 +187,7 @@ class _Rows:
         return out
 
     def _interleave(self, tokens: int, past: int) -> torch.Tensor | None:
-        """Which of (N * past places of the past, then `tokens`) stands at each place; None where rows are equally long."""
+        """Which of N * past places of the past, then `tokens`, stands at each place; None for rows of equal length."""
         if self.starts is None or self.lengths is None or self.order is not None:
             return None
         own = torch.arange(tokens, device=self.device)

@@ -72,7 +72,7 @@ def attend(tensors: dict[str, torch.Tensor], tau: float = 8.0, **options: Any) -
 
 def noise(x: torch.Tensor, seed: int) -> torch.Tensor:
     """Fixed weights for a scalar loss."""
-    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=EXACT).to(x.dtype)
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=EXACT).to(x)
 
 
 def run(

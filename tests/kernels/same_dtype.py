@@ -24,7 +24,7 @@ def output_and_gradients(
     """Output and every gradient of an attention function of the inputs, or of the inputs cast."""
     leaves = {n: (y if cast is None else y.to(cast)).detach().requires_grad_(n in LEARNED) for n, y in x.items()}
     o = attention(**leaves)
-    o.backward(noise(o.cpu(), 1).to(o.device))
+    o.backward(noise(o, 1))
     return {"o": o.detach()} | {f"d{n}": leaves[n].grad for n in LEARNED}
 
 

@@ -105,6 +105,21 @@ def test_decode_compiles_and_updates_the_state(backend):
         torch.testing.assert_close(other.tensors()[name], y)
 
 
+def test_compiled_decode_updates_a_state_that_is_not_contiguous():
+    x = small(3)
+    _, state = nha_attention(**cut(x, slice(0, 2)), window=4, sinks=1, output_final_state=True, backend="torch")
+    strided = {n: torch.stack([y, y], -1)[..., 0] for n, y in state.tensors().items()}
+    other = state.with_tensors(strided)
+    assert not other.ring_k.is_contiguous()
+    last = cut(x, slice(2, 3))
+    step = torch.compile(nha_decode, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        want = nha_decode(**last, state=state, backend="triton")
+        torch.testing.assert_close(step(**last, state=other, backend="triton"), want)
+    for name, y in state.tensors().items():
+        torch.testing.assert_close(strided[name], y)
+
+
 def test_autocast_keeps_the_inputs_dtypes():
     x = small()
     x = {n: y.bfloat16() if n in "qkv" else y for n, y in x.items()}
@@ -155,6 +170,10 @@ def test_backends(monkeypatch):
         attend(narrow, window=2, backend="triton")
     with pytest.raises(RuntimeError, match="dtype is torch.float64"):
         attend(case(9), window=2, backend="triton")
+    state = NHAState.new(2, 2, 8, 16, window=2, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="state's slots are torch.float64"):
+        y = {n: x[n][:, :1] for n in "qkv"}
+        nha_decode(**y, log_decay=torch.zeros(2, 1, 2, 8), state=state, backend="triton")
     monkeypatch.setenv("NHA_BACKEND", "triton")
     with pytest.raises(RuntimeError, match="head_dim is 8"):
         attend(narrow, window=2)
