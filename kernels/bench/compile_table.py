@@ -35,7 +35,8 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from nha_kernels.decode_triton import decode_step_triton  # noqa: E402
 from nha_kernels.state import NHAState  # noqa: E402
-from nha_kernels.tile_call import Options, Tensors, TileCall, choose_tiling  # noqa: E402
+from nha_kernels.tile_call import Options, Tensors, TileCall  # noqa: E402
+from nha_kernels.tiling import choose_tiling  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402

@@ -59,6 +59,8 @@ def choose_tiling(dim: int, slots: int, dtype: torch.dtype, arch: str = "", back
         return replace(out, rows=16, keys=16, gate_slots=16, warps=(most,) * 4)
     if power_of_two(dim) > 128:
         return replace(out, rows=32 if backward or amd else 64, keys=32, gate_slots=16, warps=(most,) * 4)
+    if not amd and not many:  # loads of the next window block overlap the products of this one, where shared memory allows
+        out = replace(out, stages=(2, 2, 1 if tensor_memory else 2, 1))
     if not backward and synchronous:
         rows, block = 32 if slots > 128 else 64, min(128, power_of_two(slots))
         return replace(out, rows=rows, slots=block, warps=(4 if small and not many else 8, 4, 4, 4))
@@ -66,7 +68,7 @@ def choose_tiling(dim: int, slots: int, dtype: torch.dtype, arch: str = "", back
         return replace(out, warps=(most if many and not tensor_memory else 4, 4, 4, 4))
     if synchronous or arch == "sm_90" and slots > 128:
         keys, block = 32 if small or many else 64, min(128, power_of_two(slots))
-        return replace(out, rows=32, keys=keys, slots=block, warps=(4, 8 if small or many else 4, 8, 8))
+        return replace(out, rows=32, keys=keys, slots=block, warps=(4, 8, 8, 8))
     out = replace(out, keys=64 if small else 32)
     if amd:  # more rows on 256 slots take minutes to compile
         return replace(out, rows=32 if slots > 128 else 64, gate_slots=min(32, block) if small else 16)
