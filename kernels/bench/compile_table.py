@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -368,7 +369,7 @@ def save(out: Path, rows: list[Row], arguments: list[str], at: dict[str, Any]) -
     }
     texts = {"compile.json": json.dumps(results, indent=1) + "\n", "compile.md": page(results, rows)}
     for name, text in texts.items():
-        write(out / name, lambda p, text=text: p.write_text(text, encoding="utf-8"))
+        write(out / name, partial(Path.write_text, data=text, encoding="utf-8"))
 
 
 def main(arguments: list[str]) -> int:

@@ -8,12 +8,6 @@ Legend: as in triton_common and scan.
 
 from __future__ import annotations
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as missing:
-    raise ImportError("the Triton kernels need triton: pip install triton, or use backend='torch'") from missing
-
 from .forward import slot_products
 from .triton_common import (
     FLOOR,
@@ -27,6 +21,8 @@ from .triton_common import (
     load_turn,
     locate,
     narrow,
+    tl,
+    triton,
     turn,
     wide,
     write_strength,

@@ -8,12 +8,6 @@ Legend: as in triton_common and scan.
 
 from __future__ import annotations
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as missing:
-    raise ImportError("the Triton kernels need triton: pip install triton, or use backend='torch'") from missing
-
 from .triton_common import (
     FLOOR,
     LOG2E,
@@ -24,9 +18,20 @@ from .triton_common import (
     load_turn,
     locate,
     narrow,
+    tl,
+    triton,
     turn,
     write_strength,
 )
+
+
+@triton.jit
+def row_tile(doc, c, first_tile, tiles, RAGGED: tl.constexpr):
+    """Tile c of a document, counted over all documents."""
+    if RAGGED:
+        return tl.load(first_tile + doc) + c
+    else:
+        return doc.to(tl.int32) * tiles + c
 
 
 @triton.jit
@@ -106,10 +111,7 @@ def key_side(
     if STATES:
         g2 += ((start + t0) * G + g) * M
         log_decay += ((place0) * G + g) * M
-        if RAGGED:
-            tile = tl.load(first_tile + doc) + c
-        else:
-            tile = doc.to(tl.int32) * tiles + c
+        tile = row_tile(doc, c, first_tile, tiles, RAGGED)
         handed_k = adjoints + (tile.to(tl.int64) * G + g) * (M * D)
         handed_v = handed_k + total_tiles.to(tl.int64) * (G * M * D)
         blocks: tl.constexpr = (M + BM - 1) // BM
@@ -251,10 +253,7 @@ def gate_side(
     g2 += ((start + t0) * G + g) * M
     log_decay += ((place0) * G + g) * M
     decay, write, to_end, la = tile_decays(g2, log_decay, row_ok, absorbs, length - t0, m, m_ok, G * M, BT)
-    if RAGGED:
-        tile = tl.load(first_tile + doc) + c
-    else:
-        tile = doc.to(tl.int32) * tiles + c
+    tile = row_tile(doc, c, first_tile, tiles, RAGGED)
     in_state = m[:, None] * D + d[None, :]
     state_ok = m_ok[:, None] & (d < D)[None, :]
     side_size = total_tiles.to(tl.int64) * (G * M * D)

@@ -19,12 +19,6 @@ from functools import lru_cache
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as missing:
-    raise ImportError("the Triton kernels need triton: pip install triton, or use backend='torch'") from missing
-
 from .state import NHAState
 from .tiling import power_of_two
 from .triton_common import (
@@ -37,6 +31,8 @@ from .triton_common import (
     load_turn,
     narrow,
     softmax_step,
+    tl,
+    triton,
     turn,
     wide,
     write_strength,

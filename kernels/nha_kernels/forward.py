@@ -5,12 +5,6 @@ Legend: as in triton_common and scan.
 
 from __future__ import annotations
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as missing:
-    raise ImportError("the Triton kernels need triton: pip install triton, or use backend='torch'") from missing
-
 from .triton_common import (
     LN2,
     LOG2E,
@@ -25,6 +19,8 @@ from .triton_common import (
     narrow,
     scaled,
     softmax_step,
+    tl,
+    triton,
     turn,
     wide,
 )

@@ -11,13 +11,20 @@ States and adjoints [2, tiles, G, M, D]: keys, then values.
 
 from __future__ import annotations
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as missing:
-    raise ImportError("the Triton kernels need triton: pip install triton, or use backend='torch'") from missing
-
-from .triton_common import FLOOR, LOG2E, SIZES, dot, half_columns, load_turn, narrow, turn, wide, write_strength
+from .triton_common import (
+    FLOOR,
+    LOG2E,
+    SIZES,
+    dot,
+    half_columns,
+    load_turn,
+    narrow,
+    tl,
+    triton,
+    turn,
+    wide,
+    write_strength,
+)
 
 
 @triton.jit
@@ -70,6 +77,37 @@ def absorb_tile(
     return carry, whole
 
 
+@triton.jit
+def scan_block(
+    program, segments, starts, lengths, first_tile, T, tiles, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """What one program of a scan works on.
+
+    Returns:
+        block of dimensions, side (0 keys, 1 values), segment, ticket of this block's segments, head of N * G, document,
+        head g, the document's first tile, first row and length, and the block's slots [BM] and dimensions [BD].
+    """
+    ND: tl.constexpr = (D + BD - 1) // BD
+    NM: tl.constexpr = (M + BM - 1) // BM
+    i_d = program % ND
+    side = program // ND % 2
+    i_m = program // (2 * ND) % NM
+    segment = program // (2 * ND * NM) % segments
+    head = program // (2 * ND * NM * segments)
+    doc = (head // G).to(tl.int64)
+    if RAGGED:
+        first = tl.load(first_tile + doc)
+        start, length = tl.load(starts + doc), tl.load(lengths + doc).to(tl.int32)
+    else:
+        first = (doc * tiles).to(tl.int32)
+        start, length = doc * T, T
+    ticket = (head * NM + i_m) * (2 * ND) + side * ND + i_d
+    m = i_m * BM + tl.arange(0, BM)
+    d = i_d * BD + tl.arange(0, BD)
+    return i_d, side, segment, ticket, head, doc, head % G, first, start, length, m, d
+
+
 @triton.jit(do_not_specialize=SIZES)
 def tile_states(
     k, v, log_decay, cos, sin, initial, turned, g2, states, final, tile_decay, parts, part_decay, tickets,
@@ -84,26 +122,12 @@ def tile_states(
     if program >= scan_programs:
         rotate_keys(program - scan_programs, k, cos, sin, turned, rows, per_doc, G, D, P, BR, BH, SHARED_COS)
         return
-    ND: tl.constexpr = (D + BD - 1) // BD
-    NM: tl.constexpr = (M + BM - 1) // BM
-    i_d = program % ND
-    side = program // ND % 2
-    i_m = program // (2 * ND) % NM
-    segment = program // (2 * ND * NM) % segments
-    head = program // (2 * ND * NM * segments)
-    doc = (head // G).to(tl.int64)
-    g = head % G
-    if RAGGED:
-        first = tl.load(first_tile + doc)
-        start, length = tl.load(starts + doc), tl.load(lengths + doc).to(tl.int32)
-    else:
-        first = (doc * tiles).to(tl.int32)
-        start, length = doc * T, T
+    i_d, side, segment, ticket, head, doc, g, first, start, length, m, d = scan_block(
+        program, segments, starts, lengths, first_tile, T, tiles, G, D, M, BM, BD, RAGGED,
+    )  # fmt: skip
     hidden = W + S
     if SEEN:
         hidden -= tl.minimum(tl.load(seen + doc), W + S).to(tl.int32)
-    m = i_m * BM + tl.arange(0, BM)
-    d = i_d * BD + tl.arange(0, BD)
     m_ok, d_ok = m < M, d < D
     ok = m_ok[:, None] & d_ok[None, :]
     in_state = m[:, None] * D + d[None, :]
@@ -136,7 +160,7 @@ def tile_states(
         since += whole
     if SEGMENTED:
         join_segments(
-            states, tile_decay, parts, part_decay, tickets + (head * NM + i_m) * (2 * ND) + side * ND + i_d,
+            states, tile_decay, parts, part_decay, tickets + ticket,
             final + end, carry, since, head, g, side, segment, segments, segment_tiles, first, number, m, m_ok,
             in_state, ok, G, M, D, False,
         )  # fmt: skip
@@ -206,24 +230,10 @@ def reverse_scan(
                 part_sink, sink_grad, lengths, first_tile, other - parameters, tiles, S, H, G, D, BT, BS, RAGGED,
             )  # fmt: skip
         return
-    ND: tl.constexpr = (D + BD - 1) // BD
-    NM: tl.constexpr = (M + BM - 1) // BM
     R: tl.constexpr = H // G
-    i_d = program % ND
-    side = program // ND % 2
-    i_m = program // (2 * ND) % NM
-    segment = program // (2 * ND * NM) % segments
-    head = program // (2 * ND * NM * segments)
-    doc = (head // G).to(tl.int64)
-    g = head % G
-    if RAGGED:
-        first = tl.load(first_tile + doc)
-        start, length = tl.load(starts + doc), tl.load(lengths + doc).to(tl.int32)
-    else:
-        first = (doc * tiles).to(tl.int32)
-        start, length = doc * T, T
-    m = i_m * BM + tl.arange(0, BM)
-    d = i_d * BD + tl.arange(0, BD)
+    i_d, side, segment, ticket, head, doc, g, first, start, length, m, d = scan_block(
+        program, segments, starts, lengths, first_tile, T, tiles, G, D, M, BM, BD, RAGGED,
+    )  # fmt: skip
     m_ok, d_ok = m < M, d < D
     ok = m_ok[:, None] & d_ok[None, :]
     in_state = m[:, None] * D + d[None, :]
@@ -269,7 +279,7 @@ def reverse_scan(
                 carry += dot(narrow(tl.trans(weight), rows.dtype), rows, PRECISION)
     if SEGMENTED:
         join_segments(
-            adjoints, tile_decay, parts, part_decay, tickets + (head * NM + i_m) * (2 * ND) + side * ND + i_d,
+            adjoints, tile_decay, parts, part_decay, tickets + ticket,
             initial_grad + end, carry, since, head, g, side, segment, segments, segment_tiles, first, number, m, m_ok,
             in_state, ok, G, M, D, True,
         )  # fmt: skip
