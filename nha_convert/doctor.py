@@ -36,6 +36,7 @@ def examine() -> list[Check]:
         _python(),
         *(_package(name, least) for name, least in OLDEST.items()),
         _devices(),
+        _triton(),
         _resources(),
         _kernels_name(),
         _operator(),
@@ -69,6 +70,15 @@ def _devices() -> Check:
     if torch.backends.mps.is_available():
         found += ", mps"
     return Check("devices", True, found)
+
+
+def _triton() -> Check:
+    """The kernels' compiler; without it a GPU runs the slower PyTorch path."""
+    try:
+        return Check("triton", True, version("triton"))
+    except PackageNotFoundError:
+        needed = torch.cuda.is_available()
+        return Check("triton", not needed, "not installed", "pip install 'triton>=3.6'" if needed else "")
 
 
 def _resources() -> Check:
