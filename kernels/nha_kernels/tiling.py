@@ -59,8 +59,8 @@ def choose_tiling(dim: int, slots: int, dtype: torch.dtype, arch: str = "", back
         return replace(out, rows=16, keys=16, gate_slots=16, warps=(most,) * 4)
     if power_of_two(dim) > 128:
         return replace(out, rows=32 if backward or amd else 64, keys=32, gate_slots=16, warps=(most,) * 4)
-    if not amd and not many:  # shared memory holds a second window block: its loads overlap this one's products
-        out = replace(out, stages=(2, 2, 1 if tensor_memory else 2, 1))
+    if not amd and not many:  # a second window block in flight, where registers allow it too
+        out = replace(out, stages=(1 if arch == "sm_90" else 2, 2, 1 if tensor_memory else 2, 1))
     if not backward and synchronous:
         rows, block = 32 if slots > 128 else 64, min(128, power_of_two(slots))
         return replace(out, rows=rows, slots=block, warps=(4 if small and not many else 8, 4, 4, 4))
