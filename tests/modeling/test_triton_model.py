@@ -1,4 +1,4 @@
-"""A whole model on the Triton kernels (interpreted): the layers hand them what they need, and take back what they give."""
+"""A whole model on the Triton kernels (interpreted): its layers hand them what they need, and take what they give."""
 
 import os
 from pathlib import Path
