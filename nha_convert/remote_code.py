@@ -1,8 +1,9 @@
 """The code that travels with a checkpoint: flat copies that `transformers` can load alone. Imports no torch.
 
 `transformers` copies only what it reaches through `from .name import ...`, and refuses a file that imports
-a package the machine lacks. So the modeling files' `from nha_kernels.ops import ...` becomes
-`from .ops import ...`, the kernel files lie beside them, and nothing else in a file changes.
+a package the machine lacks. So the modeling files' `from nha_kernels.ops import ...` and
+`from nha_convert.families import ...` become `from .ops import ...` and `from .families import ...`, these files lie
+beside them, and nothing else in a file changes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ ENTRY_FILES = ("configuration_nha.py", "modeling_nha.py")
 PACKAGES = frozenset({"torch", "transformers", "safetensors"})
 """What a machine needs to load a checkpoint, beside Python's own library."""
 
-_KERNEL_IMPORT = re.compile(r"^(\s*)from nha_kernels\.(\w+) import", re.MULTILINE)
+_OWN_IMPORT = re.compile(r"^(\s*)from (?:nha_kernels|nha_convert)\.(\w+) import", re.MULTILINE)
 _RELATIVE_IMPORT = re.compile(
     r"^\s*from\s+\.(\S+)\s+import", re.MULTILINE
 )  # as transformers scans, docstrings included
@@ -30,7 +31,8 @@ def code_files() -> dict[str, str]:
     Raises:
         RuntimeError: a file imports something that a flat folder on a machine without our package cannot give.
     """
-    folders = [Path(__file__).resolve().parent / "modeling", _kernels_folder()]
+    here = Path(__file__).resolve().parent
+    folders = [here / "modeling", _kernels_folder(), here]
     files: dict[str, str] = {}
     wanted = list(ENTRY_FILES)
     while wanted:
@@ -39,8 +41,8 @@ def code_files() -> dict[str, str]:
             continue
         path = next((folder / name for folder in folders if (folder / name).is_file()), None)
         if path is None:
-            raise RuntimeError(f"{name} is imported by the modeling code, but neither modeling nor nha_kernels has it")
-        files[name] = _KERNEL_IMPORT.sub(r"\1from .\2 import", path.read_text(encoding="utf-8"))
+            raise RuntimeError(f"{name} is imported by the modeling code, but no folder that travels has it")
+        files[name] = _OWN_IMPORT.sub(r"\1from .\2 import", path.read_text(encoding="utf-8"))
         check_imports(name, files[name])
         wanted += [f"{module}.py" for module in _RELATIVE_IMPORT.findall(files[name])]
     return dict(sorted(files.items()))

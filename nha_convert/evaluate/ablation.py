@@ -92,9 +92,9 @@ def slot_mass(
         buckets: half-open position ranges; doubling widths if None.
     Returns:
         [{"layer": index, "mean": share, "buckets": {"0-16": share, ...}}, ...] in the order of the layers; empty for
-        a model without NHA layers.
+        a model none of whose layers runs NHA.
     """
-    layers = nha_layers(model)
+    layers = [(index, layer) for index, layer in nha_layers(model) if layer.runs_nha]
     if not layers:
         return []
     sums = {index: PositionSums(sequence_length) for index, _ in layers}

@@ -30,8 +30,8 @@ UNIT_WITHOUT_WINDOW = 64
 
 
 def student_window(model: Any) -> int:
-    """The largest window of the model's NHA layers; 0 if it has none."""
-    return max((int(layer.nha_window) for _, layer in nha_layers(model)), default=0)
+    """The largest window of the layers that run NHA; 0 if none does."""
+    return max((layer.nha_window for _, layer in nha_layers(model) if layer.nha_window is not None), default=0)
 
 
 def evaluate_teacher(

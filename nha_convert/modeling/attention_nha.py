@@ -5,18 +5,19 @@ Shapes: B batch, T time, H query heads, G key/value heads, D head_dim, M slots.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
+from nha_convert.families import FAMILIES, Family
 from nha_kernels.gates import log_decay_from_logits
 from nha_kernels.ops import nha_attention, nha_decode
 from torch import nn
 from torch.nn import functional
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
-from transformers.models.llama.modeling_llama import LlamaAttention
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+from .configuration_nha import FULL
 
 MODES = ("student", "teacher")
 BRANCHES = ("both", "window", "slots", "none")
@@ -72,7 +73,7 @@ class NHAAttentionMixin:
     `attention_dropout` applies in teacher mode only.
 
     Attributes:
-        nha_window: exact tokens each query sees.
+        nha_window: exact tokens each query sees; None runs the base class's attention, as `window: full` means.
         nha_mode: "student", or "teacher" for the base model's own attention.
         nha_branch: "both", "window" (slots masked), "slots" (nothing but the slots) or "none" (the output is zero).
         nha: the `NHAGate`.
@@ -82,15 +83,21 @@ class NHAAttentionMixin:
     layer_idx: int
     head_dim: int
     scaling: float
-    nha_window: int
+    nha_window: int | None
     nha_mode: str
     nha_branch: str
     nha: NHAGate
 
-    def init_nha(self, config: PretrainedConfig, window: int) -> None:
+    def init_nha(self, config: PretrainedConfig, window: int | str) -> None:
         """Turn a constructed base attention module into an NHA layer."""
-        self.nha_window, self.nha_mode, self.nha_branch = window, "student", "both"
+        self.nha_window = None if window == FULL else int(window)
+        self.nha_mode, self.nha_branch = "student", "both"
         self.nha = NHAGate(config, self.head_dim)
+
+    @property
+    def runs_nha(self) -> bool:
+        """Whether the layer now runs NHA and keeps an `NHAState`: in student mode, with a window that is not full."""
+        return self.nha_mode == "student" and self.nha_window is not None
 
     def forward(
         self,
@@ -107,18 +114,20 @@ class NHAAttentionMixin:
         Args:
             hidden_states: [B, T, hidden].
             position_embeddings: cos and sin, each [B or 1, T, D].
-            attention_mask: the base model's prepared mask; read in teacher mode only.
+            attention_mask: the base model's prepared mask; read by the base class's attention only.
             past_key_values: a cache from `model.new_cache()`.
             nha_padding_mask: [B, T] bool, True = real token.
             nha_cu_seqlens: int32 document boundaries when B = 1 holds several documents.
         Returns:
-            the output [B, T, hidden], and None (teacher mode: what the base attention gives).
+            the output [B, T, hidden], and None (where the base class's attention runs: what that gives).
         Raises:
-            ValueError: called by continuous batching, whose paged cache cannot hold NHA states.
+            ValueError: called by continuous batching, whose paged cache cannot hold NHA states, or with a cache that
+                was filled with another window.
         """
         if kwargs.get("cache") is not None:
             raise ValueError("continuous batching is not possible with NHA layers: use generate()")
-        if self.nha_mode == "teacher":
+        window = self.nha_window
+        if self.nha_mode == "teacher" or window is None:
             return super().forward(  # type: ignore[misc]
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
@@ -140,7 +149,7 @@ class NHAAttentionMixin:
             "padding_mask": nha_padding_mask,
             "branch": "both" if self.nha_branch == "none" else self.nha_branch,
         }
-        state = None if entry is None else entry.state
+        state = None if entry is None else entry.state_for(self, hidden_states.device)
         if state is not None and hidden_states.shape[1] == 1 and not torch.is_grad_enabled():
             output = nha_decode(query, key, value, log_decay, state, **options)  # [B,1,H,D]
         else:
@@ -149,7 +158,7 @@ class NHAAttentionMixin:
                 key,
                 value,
                 log_decay,
-                window=self.nha_window,
+                window=window,
                 sinks=self.config.nha_sinks,
                 cu_seqlens=nha_cu_seqlens,
                 initial_state=state,
@@ -173,16 +182,17 @@ class NHAAttentionMixin:
         return query, key, value
 
 
-class NHALlamaAttention(NHAAttentionMixin, LlamaAttention):
-    """Llama's attention with NHA."""
+def _attention_class(family: Family) -> type:
+    base = getattr(
+        import_module(f"transformers.models.{family.model_type}.modeling_{family.model_type}"),
+        f"{family.prefix}Attention",
+    )
+    fields = {"__module__": __name__, "__doc__": f"The attention of {family.models} with NHA."}
+    return type(f"NHA{family.prefix}Attention", (NHAAttentionMixin, base), fields)
 
 
-class NHAQwen2Attention(NHAAttentionMixin, Qwen2Attention):
-    """Qwen2's attention (biases on q, k and v) with NHA."""
-
-
-class NHAQwen3Attention(NHAAttentionMixin, Qwen3Attention):
-    """Qwen3's attention (normalised q and k) with NHA."""
+ATTENTIONS = {family.model_type: _attention_class(family) for family in FAMILIES.values()}
+"""Attention class by the base family's `model_type`."""
 
 
 def nha_layers(model: nn.Module) -> list[tuple[int, Any]]:
@@ -216,7 +226,7 @@ def teacher_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def branch_mode(model: nn.Module, branch: str) -> Iterator[None]:
-    """Inside, every NHA layer in student mode uses only `branch` of its attention.
+    """Inside, every layer that runs NHA uses only `branch` of its attention.
 
     Raises:
         ValueError: `branch` is not one of `BRANCHES`.

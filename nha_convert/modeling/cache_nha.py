@@ -38,9 +38,27 @@ class NHACacheLayer(CacheLayerMixin):
             ValueError: always; the layer runs the teacher's attention on a student's cache.
         """
         raise ValueError(
-            "this cache holds an NHA state for a layer that runs softmax attention: make the cache in the mode it is "
-            "used in (model.new_cache() inside teacher_mode), or pass no cache"
+            "this cache holds an NHA state for a layer that runs full attention: make the cache with the windows and in "
+            "the mode it is used in (model.new_cache() after set_windows, or inside teacher_mode), or pass no cache"
         )
+
+    def state_for(self, layer: Any, device: torch.device) -> NHAState | None:
+        """The state that `layer` goes on from, on `device`; None before the first forward pass.
+
+        Raises:
+            ValueError: the state was filled with another window.
+        """
+        if self.state is None:
+            return None
+        if self.state.window != layer.nha_window:
+            raise ValueError(
+                f"layer {layer.layer_idx} has a window of {layer.nha_window}, but the given cache was filled with a "
+                f"window of {self.state.window}, and what its slots absorbed cannot be taken out again: set the "
+                "windows before the prompt is read, and pass model.new_cache() or no cache"
+            )
+        if self.state.seen.device != device:
+            self.state = self.state.to(device)
+        return self.state
 
     def advance(self, state: NHAState, tokens: int) -> None:
         """Store the state after `tokens` further columns of input."""
@@ -90,27 +108,57 @@ class NHACacheLayer(CacheLayerMixin):
         self.crop()
 
     def offload(self) -> None:
-        raise ValueError("an NHA cache cannot be offloaded, and is small enough not to need it")
+        """Move the state to the CPU; the next forward pass brings it back."""
+        if self.state is not None:
+            self.state = self.state.to("cpu")
 
-    prefetch = offload
+    def prefetch(self) -> None:
+        """Nothing to do ahead of time: `state_for` brings the state back."""
 
 
-def build_cache(config: PretrainedConfig, nha_layers: Iterable[int]) -> DynamicCache:
-    """A `DynamicCache` for `config` with an `NHACacheLayer` at each index of `nha_layers`."""
-    cache = DynamicCache(config=config)
-    for index in nha_layers:
-        cache.layers[index] = NHACacheLayer()
-    return cache
+class NHACache(DynamicCache):
+    """The cache of a converted model: an `NHACacheLayer` per layer that runs NHA, the base model's own layers else.
+
+    With `offloading`, the keys and values of full-attention layers wait on the CPU; NHA states, which do not grow,
+    stay where they are, as `transformers` keeps other recurrent states.
+    """
+
+    def __init__(self, config: PretrainedConfig, nha_layers: Iterable[int], offloading: bool = False) -> None:
+        super().__init__(config=config, offloading=offloading)
+        for index in nha_layers:
+            self.layers[index] = NHACacheLayer()
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse before any layer is cropped, where a layer runs NHA.
+
+        Raises:
+            ValueError: a layer holds an NHA state.
+        """
+        for layer in self.layers:
+            if isinstance(layer, NHACacheLayer):
+                layer.crop()
+        super().crop(*args, **kwargs)
+
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Bring back the next layer, from `layer_idx` on, that offloading took away."""
+        count = len(self.layers)
+        order = [(layer_idx + step) % count for step in range(count)]
+        there = [index for index in order if not isinstance(self.layers[index], NHACacheLayer)]
+        if there:
+            super().prefetch(there[0], only_non_sliding)
+
+    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Take one full-attention layer's keys and values away; NHA states stay."""
+        if not isinstance(self.layers[layer_idx], NHACacheLayer):
+            super().offload(layer_idx, only_non_sliding)
 
 
 def check_cache(cache: Cache, nha_layers: Iterable[int]) -> None:
     """Refuse a cache that an NHA model cannot use.
 
     Raises:
-        ValueError: the cache has no NHA state for one of `nha_layers`, or is offloaded.
+        ValueError: the cache has no NHA state for one of `nha_layers`.
     """
-    if getattr(cache, "offloading", False):
-        raise ValueError("an offloaded cache cannot hold NHA states: pass model.new_cache() or no cache")
     layers = getattr(cache, "layers", [])
     for index in nha_layers:
         if index >= len(layers) or not getattr(layers[index], "is_nha", False):

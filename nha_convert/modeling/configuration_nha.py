@@ -1,12 +1,16 @@
 """Configurations: the base family's own, plus what the NHA layers need.
 
 Each class keeps every field of its base class, so a teacher's `config.json` plus the fields below is a student's.
+The classes `NHA<Family>Config` are made from the table of families.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+import transformers
+from nha_convert.families import FAMILIES, Family
+
+FULL = "full"
 
 
 @dataclass(kw_only=True)
@@ -15,7 +19,8 @@ class NHAFields:
 
     Args:
         nha_windows: one entry per layer: the exact tokens each query sees (itself included; 0 is a pure linear RNN),
-            or None for a layer that keeps the base model's full attention. None for the whole list: all layers full.
+            "full" for an NHA layer that at present runs the base model's own attention (`set_windows`), or None for
+            a layer that was never converted. None for the whole list: no layer was.
         nha_slots: M, memory slots per key/value head.
         nha_sinks: S, first tokens of a document that stay exact keys for ever.
         nha_tau: the slot decay is `sigmoid(logit) ** (1 / nha_tau)`.
@@ -26,7 +31,7 @@ class NHAFields:
         ValueError: a field is out of range, or `nha_windows` does not have one entry per layer.
     """
 
-    nha_windows: list[int | None] | None = None
+    nha_windows: list[int | str | None] | None = None
     nha_slots: int = 64
     nha_sinks: int = 4
     nha_tau: float = 8.0
@@ -45,8 +50,8 @@ class NHAFields:
                 "give one window per layer, None for full attention"
             )
         for index, window in enumerate(self.nha_windows):
-            if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 0):
-                raise ValueError(f"nha_windows[{index}] is {window!r}: it must be None or an integer >= 0")
+            if window is not None and not is_window(window):
+                raise ValueError(f"nha_windows[{index}] is {window!r}: it must be None, 'full' or an integer >= 0")
         if self.nha_slots < 1:
             raise ValueError(f"nha_slots is {self.nha_slots}: it must be at least 1")
         if self.nha_sinks < 0:
@@ -55,22 +60,20 @@ class NHAFields:
             raise ValueError(f"nha_tau is {self.nha_tau}: it must be positive")
 
 
-class NHALlamaConfig(NHAFields, LlamaConfig):
-    """A Llama whose attention layers may be NHA layers; see `NHAFields`."""
-
-    model_type = "nha_llama"
-
-
-class NHAQwen2Config(NHAFields, Qwen2Config):
-    """A Qwen2 or Qwen2.5 whose attention layers may be NHA layers; see `NHAFields`."""
-
-    model_type = "nha_qwen2"
+def is_window(value: Any) -> bool:
+    """Whether `value` is a window of an NHA layer: "full" or an integer >= 0."""
+    return value == FULL or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
 
 
-class NHAQwen3Config(NHAFields, Qwen3Config):
-    """A Qwen3 whose attention layers may be NHA layers; see `NHAFields`."""
+def _config_class(family: Family) -> Any:
+    fields = {
+        "model_type": family.nha_model_type,
+        "__module__": __name__,
+        "__doc__": f"{family.models} with NHA layers; see `NHAFields`.",
+    }
+    return type(f"NHA{family.prefix}Config", (NHAFields, getattr(transformers, f"{family.prefix}Config")), fields)
 
-    model_type = "nha_qwen3"
 
-
-__all__ = ["NHALlamaConfig", "NHAQwen2Config", "NHAQwen3Config"]
+CONFIGS = {family.model_type: _config_class(family) for family in FAMILIES.values()}
+"""Configuration class by the base family's `model_type`; each is also an attribute of this module."""
+globals().update({config.__name__: config for config in CONFIGS.values()})

@@ -1,24 +1,24 @@
-"""Llama, Qwen2 and Qwen3 with NHA layers: the base classes, a different attention, a different cache."""
+"""Every family with NHA layers: the base classes, a different attention, a different cache.
 
+The classes `NHA<Family>Model` and `NHA<Family>ForCausalLM` are made from the table of families.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
+from nha_convert.families import FAMILIES, Family
 from torch import nn
-from transformers import (
-    DynamicCache,
-    LlamaForCausalLM,
-    LlamaModel,
-    PreTrainedModel,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
 from transformers import initialization as init
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from .attention_nha import NHAGate, NHALlamaAttention, NHAQwen2Attention, NHAQwen3Attention, nha_layers
-from .cache_nha import build_cache, check_cache
-from .configuration_nha import NHALlamaConfig, NHAQwen2Config, NHAQwen3Config
+from .attention_nha import ATTENTIONS, NHAGate, nha_layers
+from .cache_nha import NHACache, check_cache
+from .configuration_nha import CONFIGS, FULL, is_window
+
+Window = int | str | None
+CACHE_IMPLEMENTATIONS = (None, "dynamic", "offloaded")
 
 
 class NHAPreTrainedMixin:
@@ -36,18 +36,81 @@ class NHAPreTrainedMixin:
             if module.slot_bias is not None:
                 init.zeros_(module.slot_bias)
 
-    def new_cache(self) -> DynamicCache:
-        """An empty cache for this model in its present mode."""
-        return build_cache(self.config, self._student_layers())  # type: ignore[attr-defined]
+    def new_cache(self, offloading: bool = False) -> NHACache:
+        """An empty cache for this model in its present mode and with its present windows.
+
+        Args:
+            offloading: keep the keys and values of full-attention layers on the CPU between their turns.
+        Raises:
+            ValueError: offloading of a model that is not on a CUDA device, which is what `transformers` can do.
+        """
+        if offloading and self.device.type != "cuda":  # type: ignore[attr-defined]
+            raise ValueError(
+                f"an offloaded cache needs a model on a CUDA device, this one is on "
+                f"{self.device}: leave cache_implementation unset"  # type: ignore[attr-defined]
+            )
+        return NHACache(self.config, self._student_layers(), offloading)  # type: ignore[attr-defined]
+
+    def set_windows(self, windows: Window | Sequence[Window] | Mapping[int, Window]) -> None:
+        """Change how many exact tokens NHA layers see, without retraining; `config.nha_windows` follows.
+
+        Caches made before do not fit any more, and say so.
+
+        Args:
+            windows: one value for every NHA layer; or one per layer of the model; or {layer: value} for some. A value
+                is an integer >= 0 (0 is a pure linear RNN) or "full": the base model's own attention, with a growing
+                cache. Layers that were never converted stay full and take "full" or None.
+        Raises:
+            ValueError: a value is no window, a list does not have one entry per layer, or a layer does not exist or
+                has no gates and so cannot become an NHA layer.
+        Source: arXiv 2510.07019, section 3 (the window is a choice at inference).
+        """
+        layers = dict(nha_layers(self))  # type: ignore[arg-type]
+        count = self.config.num_hidden_layers  # type: ignore[attr-defined]
+        wanted = _windows_by_layer(windows, count, layers)
+        merged = list(self.config.nha_windows)  # type: ignore[attr-defined]
+        for index, window in wanted.items():
+            if index in layers:
+                layers[index].nha_window = None if window == FULL else window
+                merged[index] = window
+        self.config.nha_windows = merged  # type: ignore[attr-defined]
 
     def _student_layers(self) -> list[int]:
-        return [index for index, module in nha_layers(self) if module.nha_mode == "student"]  # type: ignore[arg-type]
+        return [index for index, module in nha_layers(self) if module.runs_nha]  # type: ignore[arg-type]
+
+
+def _windows_by_layer(
+    windows: Window | Sequence[Window] | Mapping[int, Window], count: int, converted: Mapping[int, Any]
+) -> dict[int, Window]:
+    """`windows` as {layer: value}, checked; `converted` holds the layers that have gates."""
+    if isinstance(windows, Mapping):
+        wanted = dict(windows)
+    elif isinstance(windows, Sequence) and not isinstance(windows, str):
+        if len(windows) != count:
+            raise ValueError(f"windows has {len(windows)} entries, but the model has {count} layers: give one for each")
+        wanted = dict(enumerate(windows))
+    else:
+        wanted = dict.fromkeys(converted, windows)
+        if not is_window(windows):
+            raise ValueError(f"the window is {windows!r}: it must be 'full' or an integer >= 0")
+    for index, window in wanted.items():
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
+            raise ValueError(f"there is no layer {index!r}: the model has layers 0 to {count - 1}")
+        if index in converted and not is_window(window):
+            raise ValueError(f"the window of layer {index} is {window!r}: it must be 'full' or an integer >= 0")
+        if index not in converted and window not in (FULL, None):
+            raise ValueError(
+                f"layer {index} was kept as full attention when the model was converted and has no gates, so its "
+                f"window cannot be {window!r}: leave it 'full', or convert the model again with that layer"
+            )
+    return wanted
 
 
 class NHAModelMixin(NHAPreTrainedMixin):
     """Gives a base decoder NHA layers where the configuration has a window, and their inputs."""
 
     attention_class: type
+    """The family's attention with NHA."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -125,8 +188,8 @@ class NHAModelMixin(NHAPreTrainedMixin):
             boundaries = _document_boundaries(position_ids, kwargs.get("cu_seq_lens_q"))
             if boundaries is not None:
                 kwargs["nha_cu_seqlens"] = boundaries
-        if attention_mask is not None and len(students) == self.config.num_hidden_layers:  # type: ignore[attr-defined]
-            return torch.ones_like(attention_mask)  # no layer reads it: spare the base model a T x T mask
+        if len(students) == self.config.num_hidden_layers:  # type: ignore[attr-defined]
+            return torch.ones(1, 1, 1, 1, dtype=torch.bool)  # no layer reads it: spare the base model a T x T mask
         return attention_mask
 
 
@@ -178,9 +241,9 @@ class NHAForCausalLMMixin(NHAPreTrainedMixin):
     model_class: type
 
     def __init__(self, config: Any) -> None:
-        PreTrainedModel.__init__(self, config)
+        with torch.device("meta"):  # what the family sets on itself; its decoder and head are replaced below
+            super().__init__(config)  # type: ignore[call-arg]
         self.model = self.model_class(config)
-        self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()  # type: ignore[attr-defined]
 
@@ -195,10 +258,10 @@ class NHAForCausalLMMixin(NHAPreTrainedMixin):
         """
         students = self._student_layers()
         implementation = generation_config.cache_implementation
-        if students and implementation not in (None, "dynamic"):
+        if students and implementation not in CACHE_IMPLEMENTATIONS:
             raise ValueError(
                 f"cache_implementation={implementation!r} cannot hold NHA states, which are of constant size anyway: "
-                "leave it unset"
+                "leave it unset, or take 'offloaded' for the full-attention layers"
             )
         if students and getattr(generation_config, "is_assistant", False):
             raise ValueError("an NHA model cannot be the assistant of assisted decoding: its cache cannot be cropped")
@@ -207,7 +270,7 @@ class NHAForCausalLMMixin(NHAPreTrainedMixin):
             check_cache(given, students)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         if given is None and model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"] = self.new_cache()
+            model_kwargs["past_key_values"] = self.new_cache(offloading=implementation == "offloaded")
 
     @property
     def init_continuous_batching(self) -> Any:
@@ -215,53 +278,32 @@ class NHAForCausalLMMixin(NHAPreTrainedMixin):
         raise AttributeError("continuous batching is not possible with NHA layers: use generate()")
 
 
-class NHALlamaModel(NHAModelMixin, LlamaModel):
-    """Llama decoder with NHA layers."""
-
-    config_class = NHALlamaConfig
-    attention_class = NHALlamaAttention
-
-
-class NHALlamaForCausalLM(NHAForCausalLMMixin, LlamaForCausalLM):
-    """Llama language model with NHA layers."""
-
-    config_class = NHALlamaConfig
-    model_class = NHALlamaModel
-
-
-class NHAQwen2Model(NHAModelMixin, Qwen2Model):
-    """Qwen2 decoder with NHA layers."""
-
-    config_class = NHAQwen2Config
-    attention_class = NHAQwen2Attention
+def _model_classes(family: Family) -> tuple[Any, Any]:
+    """The decoder and the language model of a family."""
+    shared = {"config_class": CONFIGS[family.model_type], "__module__": __name__}
+    model = type(
+        f"NHA{family.prefix}Model",
+        (NHAModelMixin, getattr(transformers, f"{family.prefix}Model")),
+        shared
+        | {"attention_class": ATTENTIONS[family.model_type], "__doc__": f"Decoder of {family.models} with NHA layers."},
+    )
+    language_model = type(
+        f"NHA{family.prefix}ForCausalLM",
+        (NHAForCausalLMMixin, getattr(transformers, f"{family.prefix}ForCausalLM")),
+        shared | {"model_class": model, "__doc__": f"Language model of {family.models} with NHA layers."},
+    )
+    return model, language_model
 
 
-class NHAQwen2ForCausalLM(NHAForCausalLMMixin, Qwen2ForCausalLM):
-    """Qwen2 language model with NHA layers."""
-
-    config_class = NHAQwen2Config
-    model_class = NHAQwen2Model
-
-
-class NHAQwen3Model(NHAModelMixin, Qwen3Model):
-    """Qwen3 decoder with NHA layers."""
-
-    config_class = NHAQwen3Config
-    attention_class = NHAQwen3Attention
+def _keep_conversion(family: Family) -> None:
+    """Checkpoints of the family may store tensors otherwise than its model holds them, as experts are."""
+    conversion = get_checkpoint_conversion_mapping(family.model_type)
+    if conversion:
+        register_checkpoint_conversion_mapping(family.nha_model_type, conversion, overwrite=True)
 
 
-class NHAQwen3ForCausalLM(NHAForCausalLMMixin, Qwen3ForCausalLM):
-    """Qwen3 language model with NHA layers."""
-
-    config_class = NHAQwen3Config
-    model_class = NHAQwen3Model
-
-
-__all__ = [
-    "NHALlamaForCausalLM",
-    "NHALlamaModel",
-    "NHAQwen2ForCausalLM",
-    "NHAQwen2Model",
-    "NHAQwen3ForCausalLM",
-    "NHAQwen3Model",
-]
+for _family in FAMILIES.values():
+    _keep_conversion(_family)
+MODELS = {family.model_type: _model_classes(family) for family in FAMILIES.values()}
+"""(decoder, language model) by the base family's `model_type`; each is also an attribute of this module."""
+globals().update({made.__name__: made for pair in MODELS.values() for made in pair})
