@@ -179,7 +179,7 @@ class TileCall:
                 size, G=self.groups, D=self.dim, M=self.slots, P=self.rotary, BT=t.rows, BM=t.scan_slots,
                 BD=t.scan_dims, BR=block, BH=power_of_two(self.dim // 2), SEEN=x.seen is not None,
                 INITIAL=x.initial is not None, SEGMENTED=segments > 1, SHARED_COS=self.shared_cos, **self._flags(),
-                num_warps=4,
+                num_warps=4, num_stages=t.scan_stages,
             )  # fmt: skip
         return turned, g2, states, final
 

@@ -23,6 +23,7 @@ class Tiling:
     slots: int = 64  # BM of the attention kernels
     scan_slots: int = 16
     scan_dims: int = 64
+    scan_stages: int = 3
     segments: int = 0  # of the state scan; 0 chooses
     warps: tuple[int, int, int, int] = (4, 4, 4, 4)  # attend, query side, key side, gate side
     stages: tuple[int, int, int, int] = (1, 1, 1, 1)
@@ -48,6 +49,8 @@ def choose_tiling(dim: int, slots: int, dtype: torch.dtype, arch: str = "", back
     out = Tiling(slots=block, gate_slots=min(32, block), scan_dims=min(64, power_of_two(dim)))
     if not arch:
         return replace(out, rows=32, keys=32)
+    if arch == "sm_90":
+        out = replace(out, scan_stages=2)
     amd, tensor_memory = arch.startswith("gfx"), arch in ("sm_100", "sm_103")
     small, many, synchronous = dim <= 64, slots > 64, not amd and not tensor_memory and arch != "sm_90"
     # What spills least, then fewest warps, then largest blocks. Four warps of AMD have 512 registers per thread, eight
