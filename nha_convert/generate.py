@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from . import modeling  # noqa: F401  (registers the NHA classes)
 from .devices import find_device
 from .errors import InputError
+from .inference_windows import change_windows
+from .settings import NHASettings
 
 
 def generate_text(
@@ -24,6 +26,7 @@ def generate_text(
     seed: int = 0,
     device: str = "auto",
     stream: bool = False,
+    windows: NHASettings | None = None,
 ) -> dict[str, Any]:
     """The continuation of a prompt.
 
@@ -31,10 +34,12 @@ def generate_text(
         checkpoint: folder of a model, NHA or not, with its tokenizer.
         temperature: 0 is greedy.
         stream: print the text as it is made.
+        windows: other windows than the checkpoint's (`change_windows`); None leaves them.
     Returns:
-        {"prompt", "text" (the continuation), "prompt_tokens", "new_tokens", "tokens_per_second"}.
+        {"prompt", "text" (the continuation), "prompt_tokens", "new_tokens", "tokens_per_second", "windows" (of each
+        layer, None where it never was converted; absent for a model that is not NHA)}.
     Raises:
-        InputError: an empty prompt, no such device, or a folder that cannot be loaded.
+        InputError: an empty prompt, no such device, windows that do not fit, or a folder that cannot be loaded.
     """
     place = find_device(device)
     try:
@@ -42,6 +47,8 @@ def generate_text(
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").to(place).eval()
     except (OSError, ValueError) as error:
         raise InputError(f"{checkpoint}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if windows is not None:
+        change_windows(model, windows)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(place)
     length = inputs["input_ids"].shape[1]
     if length == 0:
@@ -60,7 +67,8 @@ def generate_text(
         )
     seconds = time.perf_counter() - started
     new = output[0, length:]
-    return {
+    there = {"windows": model.config.nha_windows} if hasattr(model.config, "nha_windows") else {}
+    return there | {
         "prompt": prompt,
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "prompt_tokens": length,

@@ -9,13 +9,14 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from nha_convert.families import FAMILIES, Family
 from nha_kernels.gates import log_decay_from_logits
 from nha_kernels.ops import nha_attention, nha_decode
 from torch import nn
 from torch.nn import functional
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
+
+from nha_convert.families import FAMILIES, Family
 
 from .configuration_nha import FULL
 

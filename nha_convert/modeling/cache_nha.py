@@ -38,7 +38,7 @@ class NHACacheLayer(CacheLayerMixin):
             ValueError: always; the layer runs the teacher's attention on a student's cache.
         """
         raise ValueError(
-            "this cache holds an NHA state for a layer that runs full attention: make the cache with the windows and in "
+            "this cache holds an NHA state for a layer that runs full attention: make the cache with the windows, in "
             "the mode it is used in (model.new_cache() after set_windows, or inside teacher_mode), or pass no cache"
         )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import transformers
+
 from nha_convert.families import FAMILIES, Family
 
 FULL = "full"

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 import transformers
-from nha_convert.families import FAMILIES, Family
 from torch import nn
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from .attention_nha import ATTENTIONS, NHAGate, nha_layers
+from nha_convert.families import FAMILIES, Family
+
+from .attention_nha import ATTENTIONS, NHAGate
 from .cache_nha import NHACache, check_cache
 from .configuration_nha import CONFIGS, FULL, is_window
 
@@ -65,7 +66,7 @@ class NHAPreTrainedMixin:
                 has no gates and so cannot become an NHA layer.
         Source: arXiv 2510.07019, section 3 (the window is a choice at inference).
         """
-        layers = dict(nha_layers(self))  # type: ignore[arg-type]
+        layers = self._nha_layers()
         count = self.config.num_hidden_layers  # type: ignore[attr-defined]
         wanted = _windows_by_layer(windows, count, layers)
         merged = list(self.config.nha_windows)  # type: ignore[attr-defined]
@@ -75,8 +76,14 @@ class NHAPreTrainedMixin:
                 merged[index] = window
         self.config.nha_windows = merged  # type: ignore[attr-defined]
 
+    def _nha_layers(self) -> dict[int, Any]:
+        """Attention modules by layer of the layers that have gates; quicker than `nha_layers`, for every step."""
+        decoder: Any = getattr(self, "model", self)
+        attentions = ((index, getattr(layer, "self_attn", None)) for index, layer in enumerate(decoder.layers))
+        return {index: attention for index, attention in attentions if hasattr(attention, "nha_window")}
+
     def _student_layers(self) -> list[int]:
-        return [index for index, module in nha_layers(self) if module.runs_nha]  # type: ignore[arg-type]
+        return [index for index, attention in self._nha_layers().items() if attention.runs_nha]
 
 
 def _windows_by_layer(
@@ -142,7 +149,7 @@ class NHAModelMixin(NHAPreTrainedMixin):
             ValueError: a mask that is not 2D, packed documents with B > 1 or a cache, or a cache without
                 NHA states.
         """
-        if nha_layers(self):  # type: ignore[arg-type]
+        if self._nha_layers():
             packed = kwargs.get("cu_seq_lens_q")
             if packed is not None and position_ids is None:
                 position_ids = _positions_of(packed)
@@ -271,6 +278,22 @@ class NHAForCausalLMMixin(NHAPreTrainedMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         if given is None and model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"] = self.new_cache(offloading=implementation == "offloaded")
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The next step's inputs. Where every layer runs NHA, mask and positions of the last column alone: nothing
+        reads the earlier ones, and tensors that grow would make every step of a long decode slower.
+        """
+        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(  # type: ignore[misc]
+            outputs, model_kwargs, *args, **kwargs
+        )
+        constant = updated.get("past_key_values") is not None
+        if constant and len(self._student_layers()) == self.config.num_hidden_layers:  # type: ignore[attr-defined]
+            for name in ("attention_mask", "position_ids"):
+                if updated.get(name) is not None:
+                    updated[name] = updated[name][..., -1:]
+        return updated
 
     @property
     def init_continuous_batching(self) -> Any:

@@ -198,10 +198,39 @@ def test_generate(swapped: Path, tmp_path: Path) -> None:
     assert sampled[0] == sampled[1] != sampled[2]
 
 
-def test_generate_refuses(swapped: Path, tmp_path: Path) -> None:
-    answer = nha_convert("generate", swapped, "--prompt", "x", "--device", "tpu9", cwd=tmp_path)
+def test_generate_with_other_windows(swapped: Path, pico_llama: Path, tmp_path: Path) -> None:
+    """Full windows at inference: the teacher's own text."""
+    arguments = ["--prompt", "the first", "--max-new-tokens", 12, "--json"]
+    answers = [
+        nha_convert("generate", folder, *arguments, *changed, cwd=tmp_path)
+        for folder, changed in (
+            (swapped, []),
+            (swapped, ["--set", "nha.window=full"]),
+            (pico_llama, []),
+            (swapped, ["--set", "nha.full_attention_layers=[0]"]),
+        )
+    ]
+    assert [answer.returncode for answer in answers] == [0] * 4, answers[1].stderr
+    kept, full, teacher, one = (json.loads(answer.stdout) for answer in answers)
+    assert full["text"] == teacher["text"] != kept["text"]
+    assert "windows" not in teacher and kept["windows"][1] is None  # layer 1 was never converted
+    assert full["windows"] == one["windows"] == ["full", None] and one["text"] == full["text"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--device", "tpu9"], "one of auto, cpu, mps, cuda or cuda:N is needed"),
+        (["--set", "nha.slots=3"], "changes `nha.window` and `nha.full_attention_layers` alone"),
+        (["--set", "nha.window=-3"], "--set nha.window=-3: nha.window"),
+        (["--set", "nha.window=[4, 4, 4]"], "the model has 2 layers"),
+        (["--set", "nha.full_attention_layers=[7]"], "found [7]"),
+    ],
+)
+def test_generate_refuses(swapped: Path, tmp_path: Path, options: list[str], words: str) -> None:
+    answer = nha_convert("generate", swapped, "--prompt", "x", *options, cwd=tmp_path)
     assert answer.returncode == 2
-    assert "one of auto, cpu, mps, cuda or cuda:N is needed" in answer.stderr
+    assert words in answer.stderr and answer.stderr.startswith("error: ")
 
 
 def test_verify(exported: Path, pico_llama: Path, tmp_path: Path) -> None:
