@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,3 +40,21 @@ def clone(folder: Path) -> Path:
     """A clean clone of the committed state."""
     run(["git", "clone", "-q", str(ROOT), str(folder / "clone")], folder)
     return folder / "clone"
+
+
+def stamp(command: str) -> dict[str, str]:
+    """What every results file says of its making: machine, versions, commit, date, command."""
+    import torch
+    import transformers
+
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), processor)
+    return {
+        "machine": f"{os.cpu_count()} cores of {processor}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "commit": run(["git", "rev-parse", "--short", "HEAD"], ROOT).stdout.strip(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "command": command,
+    }
