@@ -93,21 +93,21 @@ def test_segmented_scan(segments, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["normal", "mixed"])
 def test_16_bit_error_is_within_twice_pytorchs(dtype, kind):
-    """Root mean square error against fp64, forward and gradients, beside plain PyTorch in the same dtype."""
-    x = case(100, batch=1, dim=64, slots=32, rotary=64, kind=kind, dtype=dtype)
-    exact = ("slot_q_scale", "slot_bias")
-    x = {n: y.float() if n in exact else y.to(dtype) for n, y in x.items()}
-    x["log_decay"] = log_decay_from_logits(x.pop("logits").float(), 8.0)
-    options = {"window": 20, "sinks": 2}
-    want = output_and_gradients(lambda **a: nha_attention(**a, **options, backend="torch")[0], x, EXACT)
-    got = output_and_gradients(lambda **a: nha_attention(**a, **options, backend="triton")[0], x)
-    plain = output_and_gradients(lambda **a: same_dtype_attention(**a, **options), x)
-    for name, y in want.items():
-        ours, theirs = ((z[name].double() - y).norm() for z in (got, plain))
-        if name == "dslot_bias":  # four numbers: their error is no statistic; 2 % holds in either dtype
-            assert ours <= 0.02 * y.norm(), f"{name}: {ours:.2e}"
-        else:
-            assert ours <= 2 * theirs, f"{name}: {ours:.2e} against {theirs:.2e}"
+    """Root mean square error against fp64 over three draws, forward and gradients, beside PyTorch in the same dtype."""
+    options, sums = {"window": 20, "sinks": 2}, {}
+    for seed in range(3):
+        x = case(80, batch=1, dim=64, slots=32, rotary=64, kind=kind, dtype=dtype, seed=seed)
+        exact = ("slot_q_scale", "slot_bias")
+        x = {n: y.float() if n in exact else y.to(dtype) for n, y in x.items()}
+        x["log_decay"] = log_decay_from_logits(x.pop("logits").float(), 8.0)
+        want = output_and_gradients(lambda **a: nha_attention(**a, **options, backend="torch")[0], x, EXACT)
+        got = output_and_gradients(lambda **a: nha_attention(**a, **options, backend="triton")[0], x)
+        plain = output_and_gradients(lambda **a: same_dtype_attention(**a, **options), x)
+        for name, y in want.items():
+            errors = [(z[name].double() - y).square().sum().item() for z in (got, plain)]
+            sums[name] = [sum(pair) for pair in zip(errors, sums.get(name, [0.0, 0.0]))]
+    ratios = {name: (ours / theirs) ** 0.5 for name, (ours, theirs) in sums.items()}
+    assert max(ratios.values()) <= 2, ratios
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
