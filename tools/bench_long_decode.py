@@ -114,8 +114,8 @@ def page(result: dict[str, Any]) -> str:
         [
             "# Decoding 100,000 tokens",
             "",
-            f"The embedded teacher, all {result['layers']} layers NHA (window 64, 64 slots, 4 sinks), fp32, one thread, "
-            f"`generate` with one prompt. Cache: {result['cache_bytes']:,} bytes throughout.",
+            f"The embedded teacher, all {result['layers']} layers NHA (window 64, 64 slots, 4 sinks), fp32, one "
+            f"thread, `generate` with one prompt. Cache: {result['cache_bytes']:,} bytes throughout.",
             "",
             "| tokens | ms per token (median) | resident MB (highest) |",
             "|---:|---:|---:|",

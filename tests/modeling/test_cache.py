@@ -22,6 +22,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "recurrent": {"window": 0},
     "unequal": {"window": [3, 11], "slots": 40, "sinks": 5},
 }
+FAMILIES = ("llama_tied_rope", "qwen2", "qwen3", "mistral", "qwen3_moe")
+"""The pico model of each variant."""
+BEFORE = (WINDOW - 1, WINDOW, WINDOW + 1, 5 * WINDOW)
+ENDS = {"one token each": range(14), "many tokens": [0], "chunks": [0, 5]}
 
 
 def ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -31,10 +35,9 @@ def ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def students(pico_models: dict[str, Path]) -> dict[str, Any]:
     """One student per variant, each of another family."""
-    names = ["llama_tied_rope", "qwen2", "qwen3", "mistral", "qwen3_moe"]
     return {
         variant: load_student(pico_models[name], NHASettings(**{"window": WINDOW, "slots": 8, "sinks": 2, **changes}))
-        for name, (variant, changes) in zip(names, VARIANTS.items(), strict=True)
+        for name, (variant, changes) in zip(FAMILIES, VARIANTS.items(), strict=True)
     }
 
 
@@ -63,12 +66,11 @@ def at_once(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None = None) 
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("before", [WINDOW - 1, WINDOW, WINDOW + 1, 5 * WINDOW])
-@pytest.mark.parametrize("rest", ["one token each", "many tokens", "chunks"])
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("rest", ENDS)
 def test_cached_is_the_full_forward(students: dict[str, Any], variant: str, before: int, rest: str) -> None:
     tokens = ids(2, before + 14, seed=before)
-    ends = {"one token each": range(before, before + 14), "many tokens": [before], "chunks": [before, before + 5]}[rest]
-    cut = in_pieces(students[variant], tokens, None, list(ends))
+    cut = in_pieces(students[variant], tokens, None, [before + end for end in ENDS[rest]])
     difference = (cut - at_once(students[variant], tokens)).abs().max()
     assert difference <= 1e-5, difference  # acceptance row: fp32, the paths sum in different orders
 
