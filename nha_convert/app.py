@@ -13,12 +13,12 @@ from typing import Annotated
 import typer
 
 from . import __version__
+from .checkpoint_app import checkpoint_app
 from .command_options import (
     JsonOption,
     QuietOption,
     RecipeArgument,
     SetOption,
-    checkpoint_folder,
     prepare_libraries,
     print_json,
     print_rich,
@@ -45,6 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+app.add_typer(checkpoint_app)
 app.add_typer(recipes_app, name="recipes")
 
 
@@ -127,6 +128,13 @@ def swap(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, model folder or `embedded`")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; must be new or empty")],
     set_: SetOption = None,
+    copy: Annotated[bool, typer.Option("--copy", help="copy the weights; they are hard-linked where possible")] = False,
+    max_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="cut the weights into files of at most this: 2GB, 500MB")
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="read the tensors of pytorch_model*.bin if there are no safetensors")
+    ] = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -134,25 +142,38 @@ def swap(
 
     \b
     nha-convert swap Qwen/Qwen3-0.6B swapped/ --set nha.window=64 --set nha.full_attention_layers=every:4
+    nha-convert swap my-model/ swapped/ --copy --max-shard-size 2GB
 
-    Settings are those under `nha.` and `seed`. The result carries its code and loads with plain transformers.
+    Settings are those under `nha.` and `seed`. The result carries its code and loads with plain transformers. Weights
+    are read once, from file to file, and NaN or infinity among them is refused.
     Untrained, its memory is of little use: `nha-convert run` trains it.
     """
-    from .model_files import check_safetensors, local_folder
+    from .model_files import local_folder
     from .plan import model_dimensions
-    from .preflight import check_new_folder
     from .recipe import swap_settings
+    from .weights.weight_files import check_weights, only_pickles
+    from .work_folder import check_new_folder
 
     nha, seed = swap_settings(set_ or [])
-    nha.windows(model_dimensions(model).layers)
+    dimensions = model_dimensions(model)
     folder = local_folder(model)
-    if folder is not None:
-        check_safetensors(folder)
+    if folder is not None and not (allow_pickle and only_pickles(folder)):
+        check_weights(folder)
+    nha.windows(dimensions.layers)
     check_new_folder(out)
     prepare_libraries(quiet)
-    from .convert import swap_checkpoint
+    from .swap import swap_checkpoint
 
-    report_ = swap_checkpoint(model, out, nha, seed=seed, quiet=quiet)
+    report_ = swap_checkpoint(
+        model,
+        out,
+        nha,
+        seed=seed,
+        quiet=quiet,
+        copy=copy,
+        max_shard_size=max_shard_size,
+        allow_pickle=allow_pickle,
+    )
     if as_json:
         print_json(report_)
     elif not quiet:
@@ -161,6 +182,7 @@ def swap(
         print(
             f"{report_['out']}: {len(report_['nha_layers'])} of {report_['layers']} layers are NHA, "
             f"{count(report_['new_parameters'])} new parameters"
+            + (f"; left out: {', '.join(report_['left_out'])}" if report_["left_out"] else "")
         )
 
 
@@ -179,104 +201,6 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = F
     print_json(plan_) if as_json else print_rich(render_plan(plan_))
 
 
-@app.command("eval", short_help="Measure a checkpoint against its teacher.")
-def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="checkpoint folder, or a run folder")],
-    teacher: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="model to compare with; the recipe's own if not given")
-    ] = None,
-    text: Annotated[
-        str | None, typer.Option(metavar="FILE", help="text to measure on: a file, glob or folder of .txt")
-    ] = None,
-    set_: SetOption = None,
-    recall: Annotated[bool, typer.Option(help="ask for values stated far back")] = True,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the numbers here")] = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Measures a checkpoint: NLL by position, KL and top-1 agreement, each branch alone, recall by generation.
-
-    \b
-    nha-convert eval runs/demo/export
-    nha-convert eval swapped/ --teacher Qwen/Qwen3-0.6B --text book.txt --json numbers.json
-    nha-convert eval runs/demo --set evaluate.sequence_length=512 --set evaluate.tokens=16k --no-recall
-
-    Text is the held-out mix of the checkpoint's own recipe (what swap wrote has none: the held-out part of this
-    machine's Python standard library) unless --text names another; settings are those under `evaluate.`.
-    """
-    from .files import write_json
-    from .recipe import evaluate_settings
-
-    folder = checkpoint_folder(checkpoint)
-    if json_file is not None and json_file.is_dir():
-        raise InputError(f"--json {json_file}: is a folder; name a file")
-    settings = evaluate_settings(folder, set_ or [])
-    prepare_libraries(quiet)
-    from .evaluate.suite import summary_table
-    from .evaluate_checkpoint import evaluate_checkpoint
-
-    evaluation = evaluate_checkpoint(
-        folder, teacher=teacher, text=text, settings=settings, with_recall=recall, quiet=quiet
-    )
-    if json_file is not None:
-        write_json(json_file, evaluation)
-    if not quiet:
-        print_rich(summary_table(evaluation))
-
-
-@app.command(short_help="Write a run's model to a folder.")
-def export(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a finished run")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; must be new or empty")],
-    quiet: QuietOption = False,
-) -> None:
-    """Writes a run's model again: a self-contained folder that plain transformers loads.
-
-    \b
-    nha-convert export runs/demo my-model/
-    """
-    from .preflight import check_new_folder
-
-    require_run(run_dir)
-    check_new_folder(out)
-    prepare_libraries(quiet)
-    from .export import export_run
-
-    path = export_run(run_dir, out)
-    if not quiet:
-        print(path)
-
-
-@app.command(short_help="Reload a checkpoint alone and check it.")
-def verify(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="checkpoint folder, or a run folder")],
-    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="also compare untouched tensors with it")] = None,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Reloads a checkpoint in a fresh process without this package and checks that it computes the same.
-
-    \b
-    nha-convert verify runs/demo
-    nha-convert verify my-model/ --teacher Qwen/Qwen3-0.6B --json
-
-    Compares logits with the run's own, cached with uncached decoding, files with their recorded hashes. Exit code 1
-    means that a check failed.
-    """
-    folder = checkpoint_folder(checkpoint)
-    prepare_libraries(quiet)
-    from .verify import verify_checkpoint
-
-    result = verify_checkpoint(folder, teacher, quiet=quiet)
-    if as_json:
-        print_json(result)
-    elif not quiet:
-        for key, value in result.items():
-            if key not in ("failures", "passed"):
-                print(f"{key}: {value}")
-        print("passed" if result["passed"] else "failed")
-    require_passed(result, folder)
-
-
 @app.command(short_help="Write report.html of a run.")
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, finished or not")]) -> None:
     """Writes report.html of a run: table, plots and recipe on one page that needs no network."""
@@ -284,43 +208,6 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run fold
     from .report import write_report
 
     print(write_report(run_dir))
-
-
-@app.command(short_help="Continue a prompt.")
-def generate(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="checkpoint folder, or a run folder")],
-    prompt: Annotated[str, typer.Option(help="text to continue; `-` reads it from stdin")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to write at most")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="sample among this share of the mass")] = 1.0,
-    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N")] = "auto",
-    as_json: JsonOption = False,
-) -> None:
-    """Continues a prompt with a checkpoint; the text appears as it is made.
-
-    \b
-    nha-convert generate runs/demo --prompt "def main("
-    cat notes.txt | nha-convert generate my-model/ --prompt - --temperature 0.8 --max-new-tokens 200
-    """
-    folder = checkpoint_folder(checkpoint)
-    if prompt == "-":
-        prompt = sys.stdin.read()
-    prepare_libraries(quiet=True)
-    from .generate import generate_text
-
-    result = generate_text(
-        folder,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        device=device,
-        stream=not as_json,
-    )
-    if as_json:
-        print_json(result)
 
 
 @app.command(short_help="Check this machine.")

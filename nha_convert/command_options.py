@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import InputError, WorkError
-from .model_files import check_safetensors
+from .weights.weight_files import check_weights
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE|MODEL", help="shipped recipe, YAML file, Hub id, model folder or `embedded`")
@@ -60,7 +60,7 @@ def checkpoint_folder(path: Path) -> Path:
     path = path.expanduser()
     for folder in (path, path / "export"):
         if (folder / "config.json").is_file():
-            check_safetensors(folder)
+            check_weights(folder)
             return folder
     if (path / "recipe.yaml").is_file():
         raise InputError(f"{path}: this run has exported nothing yet; finish it: nha-convert run {path} --resume")

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from .errors import InputError
-from .model_files import check_safetensors
 from .recipe import embedded_teacher, list_recipes, load_recipe
+from .weights.weight_files import check_weights
 
 OLDEST = {"torch": (2, 11), "transformers": (5, 17), "peft": (0, 19), "accelerate": (1, 12), "safetensors": (0, 7)}
 """The oldest versions that the code is written for."""
@@ -146,7 +146,7 @@ def _recipes() -> Check:
 def _teacher() -> Check:
     folder = embedded_teacher()
     try:
-        check_safetensors(folder)
+        check_weights(folder)
     except InputError as error:
         return Check("embedded model", False, str(error), "install the package anew")
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -9,14 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from . import modeling  # noqa: F401  (registers the NHA classes)
-from .convert import resolve_model
 from .data import held_out_tokens, recall_filler, texts, token_stream
 from .devices import find_device
 from .errors import InputError
 from .evaluate.suite import evaluate_student, evaluate_teacher, student_window
+from .inference_windows import change_windows
+from .model_source import resolve_model
 from .modeling.attention_nha import nha_layers
 from .recipe import EvaluateSettings, load_recipe
-from .settings import SourceSettings
+from .settings import NHASettings, SourceSettings
 
 LEAST_FILLER = 8192
 """Tokens of text that recall prompts are filled from at least."""
@@ -31,6 +32,7 @@ def evaluate_checkpoint(
     with_recall: bool = True,
     device: str = "auto",
     quiet: bool = False,
+    windows: NHASettings | None = None,
 ) -> dict[str, Any]:
     """The rows of a checkpoint and its teacher, as in eval.json.
 
@@ -40,14 +42,17 @@ def evaluate_checkpoint(
             none (what swap writes) its own backbone.
         text: file, glob or folder of .txt, all of it measured; None takes the held-out mix of the checkpoint's
             recipe.yaml, and where it has none the held-out part of the standard library.
+        windows: other windows than the checkpoint's (`change_windows`); None leaves them.
     Returns:
-        {"teacher", "window_only", "memory_only", "no_attention", "final", "memory_recovery", "settings"}.
+        {"teacher", "window_only", "memory_only", "no_attention", "final", "memory_recovery", "settings", "windows"}.
     Raises:
         InputError: something cannot be loaded, or there is less text than one sequence.
     """
     settings = settings or EvaluateSettings()
     place = find_device(device)
     model, tokenizer = _load(checkpoint, place)
+    if windows is not None:
+        change_windows(model, windows)
     context = int(model.config.max_position_embeddings)
     if settings.sequence_length > context:
         raise InputError(
@@ -69,6 +74,7 @@ def evaluate_checkpoint(
         "final": row,
         "memory_recovery": {"final": row["memory_recovery"]},
         "settings": kept,
+        "windows": model.config.nha_windows,
     }
 
 

@@ -1,17 +1,15 @@
-"""What can be known of a model from its files alone: family, sizes, damaged weights. Imports no torch."""
+"""What can be known of a model from its files alone: family and sizes. Imports no torch."""
 
 from __future__ import annotations
 
 import json
 import re
-import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-
-FAMILIES = ("llama", "qwen2", "qwen3")
-"""The `model_type`s that can be converted; each has a recipe of its name."""
+from .families import FAMILIES
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -54,7 +52,7 @@ def read_config(model: str) -> dict[str, Any]:
     path = folder / "config.json" if folder else _hub_config(model)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error}); fetch the model again") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: a JSON object is needed, found {type(config).__name__}")
@@ -93,50 +91,27 @@ def check_family(model: str, config: dict[str, Any]) -> str:
         return family
     if family.startswith("nha_"):
         raise InputError(f"{model}: is an NHA model already (model_type {family}); name the model it was made from")
+    supported = ", ".join(f"{name} ({known.models})" for name, known in FAMILIES.items())
     raise InputError(
-        f"{model}: models of type {family} cannot be converted; supported: {', '.join(FAMILIES)} "
-        "(Llama 2/3, Qwen2/2.5, Qwen3); choose a model of one of these families"
+        f"{model}: models of type {family} cannot be converted; supported: {supported}; "
+        "choose a model of one of these families"
     )
 
 
-def check_safetensors(folder: Path) -> None:
-    """Reads the headers of a model folder's weights and compares them with the files' sizes.
+def check_windows(model: str, config: Mapping[str, Any], windows: Sequence[int | None]) -> None:
+    """Refuse NHA windows that reach farther than the layer's own attention does.
 
+    Args:
+        config: content of config.json.
+        windows: of each layer; None stays full.
     Raises:
-        InputError: no safetensors, a shard of the index is missing, or a file is truncated; one line per file.
+        InputError: a layer is sliding-window attention, and its NHA window would be larger.
     """
-    index = folder / "model.safetensors.index.json"
-    names = {path.name for path in folder.glob("*.safetensors")}
-    if index.is_file():
-        try:
-            names |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise InputError(f"{index}: is no index of shards ({error}); fetch the model again") from error
-    if not names:
+    own = FAMILIES[str(config["model_type"])].sliding_windows(config)
+    wide = [layer for layer, (ours, theirs) in enumerate(zip(windows, own)) if ours and theirs and ours > theirs]
+    if wide:
         raise InputError(
-            f"{folder}: holds no *.safetensors; pickled weights are not read, save them as safetensors first"
+            f"nha.window: {windows[wide[0]]} is more than the {own[wide[0]]} tokens that layers "
+            f"{', '.join(map(str, wide))} of {model} see (sliding_window in config.json); "
+            f"set it to at most {own[wide[0]]} there, or keep these layers with nha.full_attention_layers"
         )
-    wrong = [said for name in sorted(names) if (said := _damage(folder / name))]
-    if wrong:
-        raise InputError("\n".join(f"{said}; fetch it again" for said in wrong))
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a safetensors file, judged by its header and size; None if nothing is."""
-    if not path.is_file():
-        return f"{path}: is missing, but the index names it"
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
-        if length is None or length > size - 8:
-            return f"{path}: is truncated inside its header ({size} bytes)"
-        try:
-            header = json.loads(file.read(length))
-            end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            return f"{path}: has no safetensors header"
-    wanted = 8 + length + end
-    if size == wanted:
-        return None
-    return f"{path}: is {'truncated' if size < wanted else 'too long'}: {size} bytes, its header says {wanted}"

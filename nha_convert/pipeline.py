@@ -21,14 +21,14 @@ from .convert import load_student
 from .data import held_out_tokens, recall_filler, training_dataset
 from .devices import find_device
 from .evaluate.suite import evaluate_student, evaluate_teacher
-from .export import export_model
 from .files import write_json, write_text
 from .plan import make_plan
 from .preflight import preflight
+from .publish.export import export_model
+from .publish.verify import verify_checkpoint
 from .recipe import Recipe, dump_recipe
 from .report import write_report
 from .train import run_stage
-from .verify import verify_checkpoint
 
 
 def run(recipe: Recipe, out: Path | None = None, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
-from .model_files import check_family, read_config
+from .families import FAMILIES
+from .model_files import check_family, check_windows, read_config
 from .recipe import AlignStage, NHASettings, Recipe
+from .weights.config_check import size_problems
+from .weights.weight_files import refuse
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -40,6 +43,10 @@ class Dimensions:
     attention_bias: tuple[bool, bool]  # of q, k, v; of o
     mlp_bias: bool
     qk_norm: bool
+    experts: int  # feed-forward experts of a mixture-of-experts layer; 0 where every layer is dense
+    experts_per_token: int
+    expert_size: int
+    dense_layers: int  # layers without experts
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
@@ -53,19 +60,35 @@ class Dimensions:
         }
 
     @property
-    def layer_parameters(self) -> int:
-        """Parameters of one decoder layer."""
+    def widest(self) -> int:
+        """Feed-forward width that one token meets in a layer, at most."""
+        return max(self.intermediate, self.experts_per_token * self.expert_size)
+
+    @property
+    def attention_parameters(self) -> int:
+        """Parameters of one layer's attention and its two norms."""
         attention = sum(rows * columns for rows, columns in self.projections.values())
         if self.attention_bias[0]:
             attention += (self.heads + 2 * self.groups) * self.head_dim
         attention += self.hidden * self.attention_bias[1] + 2 * self.head_dim * self.qk_norm
-        mlp = 3 * self.hidden * self.intermediate + (2 * self.intermediate + self.hidden) * self.mlp_bias
-        return attention + mlp + 2 * self.hidden
+        return attention + 2 * self.hidden
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole model, tied ones once."""
-        return self.layers * self.layer_parameters + self.hidden + self.vocabulary * self.hidden * (2 - self.tied)
+        """Parameters of the whole model, all experts included, tied ones once."""
+        return self._with_experts(self.experts)
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token meets: of the experts, those it is routed to."""
+        return self._with_experts(self.experts_per_token)
+
+    def _with_experts(self, experts: int) -> int:
+        dense = 3 * self.hidden * self.intermediate + (2 * self.intermediate + self.hidden) * self.mlp_bias
+        sparse = experts * 3 * self.hidden * self.expert_size + self.experts * self.hidden  # and the router
+        layers = self.layers * self.attention_parameters + self.dense_layers * dense
+        layers += (self.layers - self.dense_layers) * sparse
+        return layers + self.hidden + self.vocabulary * self.hidden * (2 - self.tied)
 
     def gate_parameters(self, nha: NHASettings) -> int:
         """New parameters of one NHA layer."""
@@ -99,16 +122,18 @@ def model_dimensions(model: str) -> Dimensions:
 
 def dimensions_of(model: str, config: dict[str, Any]) -> Dimensions:
     """`model_dimensions` of a config that was read already."""
-    family = check_family(model, config)
+    family = FAMILIES[check_family(model, config)]
     needed = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
     missing = [key for key in needed if not isinstance(config.get(key), int)]
     if missing:
         raise InputError(f"{model}: config.json has no number for {', '.join(missing)}; save the model anew")
-    heads = config["num_attention_heads"]
+    refuse(size_problems(f"{model}: config.json", config))
+    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     bias = bool(config.get("attention_bias", False))
+    experts, sparse = _experts(config, layers)
     return Dimensions(
-        family=family,
-        layers=config["num_hidden_layers"],
+        family=family.model_type,
+        layers=layers,
         hidden=config["hidden_size"],
         heads=heads,
         groups=config.get("num_key_value_heads") or heads,
@@ -117,10 +142,22 @@ def dimensions_of(model: str, config: dict[str, Any]) -> Dimensions:
         vocabulary=config["vocab_size"],
         context=config.get("max_position_embeddings") or 2048,
         tied=bool(config.get("tie_word_embeddings", False)),
-        attention_bias=(True, False) if family == "qwen2" else (bias, bias),
-        mlp_bias=bool(config.get("mlp_bias", False)) and family == "llama",
-        qk_norm=family == "qwen3",
+        attention_bias=(True, False) if family.qkv_bias else (bias, bias),
+        mlp_bias=bool(config.get("mlp_bias", False)) and family.mlp_bias,
+        qk_norm=family.qk_norm,
+        experts=experts,
+        experts_per_token=min(experts, config.get("num_experts_per_tok") or 0),
+        expert_size=config.get("moe_intermediate_size") or 0,
+        dense_layers=layers - sparse,
     )
+
+
+def _experts(config: dict[str, Any], layers: int) -> tuple[int, int]:
+    """Experts of a sparse layer, and how many layers are sparse; (0, 0) for dense models."""
+    experts = config.get("num_experts") or config.get("num_local_experts") or 0
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    sparse = [layer for layer in range(layers) if experts and layer not in dense and (layer + 1) % step == 0]
+    return (experts, len(sparse)) if sparse else (0, 0)
 
 
 def make_plan(recipe: Recipe) -> dict[str, Any]:
@@ -135,6 +172,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     sizes = model_dimensions(recipe.model)
     nha, element = recipe.nha, BYTES[recipe.runtime.dtype]
     windows = recipe.nha.windows(sizes.layers)
+    check_windows(recipe.model, read_config(recipe.model), windows)
     gate = sizes.gate_parameters(nha)
     new = gate * sum(window is not None for window in windows)
     return {
@@ -177,8 +215,8 @@ def _cache(sizes: Dimensions, nha: NHASettings, windows: list[int | None], eleme
 def _stage(recipe: Recipe, index: int, sizes: Dimensions, new: int) -> dict[str, Any]:
     """One row of the plan: what a stage trains, how long, and the parts of its estimated peak memory.
 
-    FLOPs count one forward pass (2 per parameter and token) for align; for distill the teacher's, the student's and
-    the gradient of the activations (frozen weights need none of their own).
+    FLOPs count one forward pass (2 per active parameter and token) for align; for distill the teacher's, the student's
+    and the gradient of the activations (frozen weights need none of their own).
     """
     stage = recipe.stages[index]
     element = BYTES[recipe.runtime.dtype]
@@ -188,7 +226,7 @@ def _stage(recipe: Recipe, index: int, sizes: Dimensions, new: int) -> dict[str,
         adapters = sizes.layers * sizes.lora_parameters(stage.lora.rank, stage.lora.targets)
     trained = new + adapters
     # One layer alive at a time under no_grad (align); all layers' inputs to every product (distill).
-    wide = 2 * sizes.hidden + 2 * sizes.head_dim * (sizes.heads + sizes.groups) + 3 * sizes.intermediate
+    wide = 2 * sizes.hidden + 2 * sizes.head_dim * (sizes.heads + sizes.groups) + 3 * sizes.widest
     gates = sizes.groups * recipe.nha.slots * 4
     one_layer = rows * (wide * element + 6 * gates)
     logits = min(rows * sizes.vocabulary, LOGITS_ALIVE) * 4
@@ -208,7 +246,7 @@ def _stage(recipe: Recipe, index: int, sizes: Dimensions, new: int) -> dict[str,
         "batch_size": stage.batch_size,
         "trained_parameters": trained,
         "frozen_parameters": sizes.parameters,
-        "training_flops": (2 if is_align else 6) * sizes.parameters * stage.steps * rows,
+        "training_flops": (2 if is_align else 6) * sizes.active_parameters * stage.steps * rows,
         "memory_bytes": memory,
         "peak_bytes": sum(memory.values()),
     }

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .errors import InputError
-from .model_files import check_safetensors, local_folder
+from .model_files import local_folder
 from .plan import Dimensions, model_dimensions
 from .recipe import Recipe, load_recipe
+from .weights.weight_files import check_weights
+from .work_folder import check_writable
 
 NOT_COMPARED = ("output", "runtime.threads", "runtime.logging_steps", "export.max_shard_size")
 """Settings that may differ when a run goes on."""
@@ -33,10 +34,10 @@ def preflight(recipe: Recipe, out: Path, resume: bool = False) -> Path:
     check_inputs(recipe, out, resume)
     folder = local_folder(recipe.model)
     if folder is None:
-        from .convert import resolve_model
+        from .model_source import resolve_model
 
         folder = resolve_model(recipe.model)
-        check_safetensors(folder)
+        check_weights(folder)
     return folder
 
 
@@ -49,7 +50,7 @@ def check_inputs(recipe: Recipe, out: Path, resume: bool = False) -> None:
     dimensions = model_dimensions(recipe.model)
     folder = local_folder(recipe.model)
     if folder is not None:
-        check_safetensors(folder)
+        check_weights(folder)
     problems = [*_size_problems(recipe, dimensions), *_text_problems(recipe)]
     if problems:
         raise InputError("\n".join(problems))
@@ -104,7 +105,7 @@ def check_output(recipe: Recipe, out: Path, resume: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; choose another folder with --out DIR")
-    _check_writable(out)
+    check_writable(out)
     if not out.exists() or not holds_something(out):
         return
     kept = out / "recipe.yaml"
@@ -121,23 +122,6 @@ def check_output(recipe: Recipe, out: Path, resume: bool) -> None:
             "\n".join(f"{out}: cannot be resumed with another recipe: {one}" for one in differences)
             + f"\n{out}: undo the change, or start anew with --out DIR"
         )
-
-
-def check_new_folder(out: Path) -> None:
-    """Whether `out` is a new or empty folder.
-
-    Raises:
-        InputError: it is a file or holds something.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: exists and is not an empty folder; choose another, or empty it: rm -r {out}")
-    _check_writable(out)
-
-
-def _check_writable(out: Path) -> None:
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"{out}: {existing} is not a folder that you may write to; choose another")
 
 
 def _differences(before: Recipe, now: Recipe) -> list[str]:

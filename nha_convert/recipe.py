@@ -51,6 +51,8 @@ __all__ = [
 ]
 
 
+AT_INFERENCE = ("nha.window", "nha.full_attention_layers")
+"""Settings that a finished model can change."""
 _SMALLEST = "{model: embedded, data: {sources: [{source: stdlib}]}, stages: []}"
 
 
@@ -148,6 +150,24 @@ def swap_settings(overrides: list[str]) -> tuple[NHASettings, int]:
     _only(overrides, ("nha", "seed"), "swap")
     recipe = parse_recipe(_SMALLEST, "--set", overrides)
     return recipe.nha, recipe.seed
+
+
+def window_settings(overrides: list[str], command: str) -> NHASettings | None:
+    """The windows that overrides set for a finished model; None if there are none.
+
+    Args:
+        command: named in messages.
+    Raises:
+        InputError: an override is wrong, or names a setting that only a new conversion can change.
+    """
+    for override in overrides:
+        path = override.removeprefix("~").partition("=")[0]
+        if path not in AT_INFERENCE:
+            raise InputError(
+                f"--set {override}: `{command}` changes {' and '.join(f'`{one}`' for one in AT_INFERENCE)} alone; "
+                "the other settings belong to `nha-convert run` and `swap`"
+            )
+    return parse_recipe(_SMALLEST, "--set", overrides).nha if overrides else None
 
 
 def evaluate_settings(checkpoint: Path, overrides: list[str]) -> EvaluateSettings:

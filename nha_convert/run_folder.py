@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .convert import load_student, resolve_model
+from .convert import load_student
 from .errors import InputError
+from .model_source import resolve_model
 from .recipe import Recipe, load_recipe
 from .train import run_stage
 

@@ -17,9 +17,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 PICO_VOCABULARY = 264
@@ -37,25 +39,56 @@ _SHARED: dict[str, Any] = {
     "eos_token_id": 257,
     "pad_token_id": 258,
 }
-_LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
+_ROPES: dict[str, dict[str, Any]] = {
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
 }
+
+
+def _rope(kind: str) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_theta": 10000.0, **_ROPES[kind]}}
+
+
+_TIED = {"tie_word_embeddings": True}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
 
 PICO_MODELS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**_SHARED),
-    "llama_tied_rope": lambda: LlamaConfig(
-        **_SHARED, tie_word_embeddings=True, rope_parameters=_LLAMA3_ROPE, head_dim=32, attention_bias=True
-    ),
+    "llama_tied_rope": lambda: LlamaConfig(**_SHARED, **_TIED, **_rope("llama3"), head_dim=32, attention_bias=True),
     "qwen2": lambda: Qwen2Config(**_SHARED),
-    "qwen2_tied": lambda: Qwen2Config(**_SHARED, tie_word_embeddings=True),
+    "qwen2_tied": lambda: Qwen2Config(**_SHARED, **_TIED),
     "qwen3": lambda: Qwen3Config(**_SHARED, head_dim=32),
-    "qwen3_tied": lambda: Qwen3Config(**_SHARED, head_dim=16, tie_word_embeddings=True),
+    "qwen3_tied": lambda: Qwen3Config(**_SHARED, **_TIED, head_dim=16),
+    "mistral": lambda: MistralConfig(**_SHARED, sliding_window=None),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**_SHARED, **_EXPERTS, head_dim=32),
 }
+"""The models that every family test runs over."""
+
+FURTHER_MODELS: dict[str, Any] = {
+    "llama_yarn": lambda: LlamaConfig(**_SHARED, **_rope("yarn"), mlp_bias=True),
+    "llama_linear": lambda: LlamaConfig(**_SHARED, **_rope("linear")),
+    "llama_dynamic": lambda: LlamaConfig(**_SHARED, **_TIED, **_rope("dynamic")),
+    "mistral_tied_sliding": lambda: MistralConfig(**_SHARED, **_TIED, sliding_window=128, head_dim=24),
+    "qwen2_sliding": lambda: Qwen2Config(
+        **_SHARED, use_sliding_window=True, sliding_window=128, max_window_layers=1
+    ),
+    "qwen2_yarn": lambda: Qwen2Config(**_SHARED, **_rope("yarn")),
+    "qwen3_sliding": lambda: Qwen3Config(
+        **_SHARED, head_dim=32, use_sliding_window=True, sliding_window=128, max_window_layers=0
+    ),
+    "qwen3_moe_tied_mixed": lambda: Qwen3MoeConfig(
+        **_SHARED, **_EXPERTS, **_TIED, head_dim=16, mlp_only_layers=[0], use_sliding_window=True, sliding_window=128
+    ),
+}
+"""Further members of the families: rope scaling, sliding windows, mixed layers; the family matrix takes them too."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -68,9 +101,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_pico(name: str, folder: Path, **save: Any) -> Path:
-    """Write a pico model of `PICO_MODELS` with its tokenizer; biases and norms are random too."""
-    torch.manual_seed(sorted(PICO_MODELS).index(name))
-    model = AutoModelForCausalLM.from_config(PICO_MODELS[name]())
+    """Write a pico model with its tokenizer; biases and norms are random too."""
+    models = PICO_MODELS | FURTHER_MODELS
+    torch.manual_seed(sorted(models).index(name))
+    model = AutoModelForCausalLM.from_config(models[name]())
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith("bias") or "norm" in key:

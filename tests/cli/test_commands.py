@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from nha_convert.app import app, main
 from nha_convert.convert import load_student
-from nha_convert.export import export_model
+from nha_convert.publish.export import export_model
 from nha_convert.recipe import NHASettings, Recipe, dump_recipe, list_recipes, load_recipe
 
-COMMANDS = ["run", "swap", "plan", "recipes", "eval", "export", "verify", "report", "generate", "doctor"]
+COMMANDS = ["run", "swap", "plan", "recipes", "eval", "export", "verify", "report", "generate", "serve", "doctor"]
 
 
 @dataclass

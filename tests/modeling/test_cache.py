@@ -117,6 +117,12 @@ def test_a_padded_row_is_the_row_alone(students: dict[str, Any], variant: str, n
             assert (logits[row, there] - alone[0]).abs().max() <= 1e-5
 
 
+def offload(cache: Any) -> None:
+    for layer in cache.layers:
+        if isinstance(layer, NHACacheLayer):
+            layer.offload()
+
+
 @pytest.mark.parametrize("variant", ["all", "mixed"])
 @torch.no_grad()
 def test_rows_of_a_cache(students: dict[str, Any], variant: str) -> None:
@@ -132,7 +138,7 @@ def test_rows_of_a_cache(students: dict[str, Any], variant: str) -> None:
         ([2, 0, 0], lambda c: c.reorder_cache(torch.tensor([2, 0, 0]))),
         ([0, 0, 1, 1, 2, 2], lambda c: c.batch_repeat_interleave(2)),
         ([2], lambda c: c.batch_select_indices(torch.tensor([2]))),
-        ([0, 1, 2], lambda c: [layer.offload() for layer in c.layers if isinstance(layer, NHACacheLayer)]),
+        ([0, 1, 2], offload),
     ):
         changed = copy.deepcopy(cache)
         change(changed)

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from nha_convert.checkpoint_probe import REFUSED
 from nha_convert.convert import load_student, new_parameter_names
 from nha_convert.errors import InputError
 from nha_convert.families import FAMILIES
 from nha_convert.modeling.attention_nha import nha_layers
+from nha_convert.publish.checkpoint_probe import REFUSED
 from nha_convert.recipe import list_recipes
 from nha_convert.settings import NHASettings
 from nha_convert.swap import swap_checkpoint

@@ -1,0 +1,1 @@
+"""Files of weights: what they claim, checked; tensors moved from file to file."""
