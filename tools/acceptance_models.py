@@ -147,6 +147,6 @@ def long_decode() -> dict[str, Any]:
     judged, rows = result["judged"], result["rows"]
     text = (
         f"memory within {100 * judged['memory_spread']:.2f} %; {rows[0]['ms_per_token']:.2f} ms per token at first, "
-        f"{rows[-1]['ms_per_token']:.2f} at last ({100 * judged['time_growth']:+.1f} %)"
+        f"{rows[-1]['ms_per_token']:.2f} at last ({100 * judged['time_growth']:+.1f} % beside a short text's)"
     )
     return {"measured": text, "met": judged["met"], "values": result}

@@ -2,7 +2,8 @@
 
     python tools/bench_long_decode.py [--tokens 100000]      (about 10 minutes; an otherwise idle machine)
 
-Writes docs/results/long-decode.json and .md.
+A machine's own speed drifts by more than what is to be seen. So every 2,500 tokens a short text is decoded anew beside
+the long one, and times per token are compared with that control. Writes docs/results/long-decode.json and .md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +26,31 @@ from tools.acceptance_base import ROOT, stamp
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 RESULTS = ROOT / "docs" / "results"
 PARTS = 10
-BATCH = 500
+BATCH = 250
+CONTROL_EVERY = 10
 
 
 class Clock:
-    """A streamer that notes the time and the memory after every `BATCH` tokens."""
+    """A streamer that notes pace and memory after every `BATCH` tokens, and now and then the pace of a control."""
 
-    def __init__(self) -> None:
+    def __init__(self, control: Callable[[], float]) -> None:
+        self.control = control
         self.tokens = -1  # the prompt comes first
+        self.since = 0.0
         self.rows: list[tuple[int, float, int]] = []
+        self.controls: list[tuple[int, float]] = []
 
     def put(self, value: Any) -> None:
         self.tokens += 1
-        if self.tokens > 0 and self.tokens % BATCH == 0:
-            self.rows.append((self.tokens, time.perf_counter(), resident()))
+        if self.tokens <= 0:
+            self.controls.append((0, self.control()))
+        elif self.tokens % BATCH == 0:
+            self.rows.append((self.tokens, (time.perf_counter() - self.since) / BATCH, resident()))
+            if len(self.rows) % CONTROL_EVERY == 0:
+                self.controls.append((self.tokens, self.control()))
+        else:
+            return
+        self.since = time.perf_counter()
 
     def end(self) -> None:
         pass
@@ -65,8 +78,14 @@ def measure(tokens: int) -> dict[str, Any]:
         prompt = tokenizer("def main(", return_tensors="pt", return_token_type_ids=False)
         options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         with torch.inference_mode():
-            model.generate(**prompt, **options, max_new_tokens=2 * BATCH)  # what is allocated once
-            clock = Clock()
+
+            def control() -> float:
+                started = time.perf_counter()
+                model.generate(**prompt, **options, max_new_tokens=2 * BATCH)
+                return (time.perf_counter() - started) / (2 * BATCH)
+
+            control()  # what is allocated once
+            clock = Clock(control)
             out = model.generate(
                 **prompt, **options, max_new_tokens=tokens, streamer=clock, return_dict_in_generate=True
             )
@@ -75,20 +94,20 @@ def measure(tokens: int) -> dict[str, Any]:
             for layer in out.past_key_values.layers
             for tensor in layer.state.tensors().values()
         )
-    paces = [
-        (count, 1000 * (later - earlier) / BATCH, memory)
-        for (_, earlier, _), (count, later, memory) in zip(clock.rows, clock.rows[1:], strict=False)
-    ]
-    size = len(paces) // PARTS
-    parts = [paces[part * size : (part + 1) * size] for part in range(PARTS)]
-    rows = [
-        {
-            "tokens": part[-1][0],
-            "ms_per_token": round(statistics.median(pace for _, pace, _ in part), 4),
-            "resident_mb": round(max(memory for *_, memory in part) / 1e6, 1),
-        }
-        for part in parts
-    ]
+    size = len(clock.rows) // PARTS
+    rows = []
+    for part in (clock.rows[start * size : (start + 1) * size] for start in range(PARTS)):
+        beside = [pace for count, pace in clock.controls if part[0][0] - BATCH <= count <= part[-1][0]]
+        pace, control_pace = statistics.median(pace for _, pace, _ in part), statistics.median(beside)
+        rows.append(
+            {
+                "tokens": part[-1][0],
+                "ms_per_token": round(1000 * pace, 4),
+                "control_ms_per_token": round(1000 * control_pace, 4),
+                "ratio": round(pace / control_pace, 4),
+                "resident_mb": round(max(memory for *_, memory in part) / 1e6, 1),
+            }
+        )
     return {"tokens": tokens, "cache_bytes": state, "rows": rows, "layers": model.config.num_hidden_layers}
 
 
@@ -97,7 +116,7 @@ def judge(result: dict[str, Any]) -> dict[str, Any]:
     memory = [row["resident_mb"] for row in result["rows"]]
     middle = statistics.median(memory)
     spread = max(abs(max(memory) - middle), abs(min(memory) - middle)) / middle
-    growth = result["rows"][-1]["ms_per_token"] / result["rows"][0]["ms_per_token"] - 1
+    growth = result["rows"][-1]["ratio"] / result["rows"][0]["ratio"] - 1
     return {
         "memory_spread": round(spread, 4),
         "time_growth": round(growth, 4),
@@ -107,7 +126,9 @@ def judge(result: dict[str, Any]) -> dict[str, Any]:
 
 def page(result: dict[str, Any]) -> str:
     table = [
-        f"| {row['tokens']:,} | {row['ms_per_token']:.3f} | {row['resident_mb']:.1f} |" for row in result["rows"]
+        f"| {row['tokens']:,} | {row['ms_per_token']:.3f} | {row['control_ms_per_token']:.3f} | {row['ratio']:.3f} "
+        f"| {row['resident_mb']:.1f} |"
+        for row in result["rows"]
     ]
     judged = result["judged"]
     return "\n".join(
@@ -117,12 +138,12 @@ def page(result: dict[str, Any]) -> str:
             f"The embedded teacher, all {result['layers']} layers NHA (window 64, 64 slots, 4 sinks), fp32, one "
             f"thread, `generate` with one prompt. Cache: {result['cache_bytes']:,} bytes throughout.",
             "",
-            "| tokens | ms per token (median) | resident MB (highest) |",
-            "|---:|---:|---:|",
+            "| tokens | ms per token (median) | of a short text at that time | ratio | resident MB (highest) |",
+            "|---:|---:|---:|---:|---:|",
             *table,
             "",
             f"Memory within {100 * judged['memory_spread']:.2f} % of its median; last tenth against first: "
-            f"{100 * judged['time_growth']:+.1f} % time per token.",
+            f"{100 * judged['time_growth']:+.1f} % time per token, relative to the short text's.",
             "",
             f"{result['machine']}, commit {result['commit']}, {result['date']}. `{result['command']}`",
             "",

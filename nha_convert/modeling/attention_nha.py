@@ -118,7 +118,7 @@ class NHAAttentionMixin:
             attention_mask: the base model's prepared mask; read by the base class's attention only.
             past_key_values: a cache from `model.new_cache()`.
             nha_padding_mask: [B, T] bool, True = real token.
-            nha_cu_seqlens: int32 document boundaries when B = 1 holds several documents.
+            nha_cu_seqlens: int32 boundaries of packed documents in the B rows laid end to end.
         Returns:
             the output [B, T, hidden], and None (where the base class's attention runs: what that gives).
         Raises:
@@ -140,6 +140,9 @@ class NHAAttentionMixin:
         log_decay, slot_q_scale, slot_bias = self.nha(hidden_states)
         entry = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         cos, sin = position_embeddings
+        if nha_cu_seqlens is not None:
+            query, key, value, log_decay = (end_to_end(x) for x in (query, key, value, log_decay))  # [1,B*T,...]
+            cos, sin = (end_to_end(x.expand(len(hidden_states), -1, -1)) for x in (cos, sin))
         options: dict[str, Any] = {
             "cos": cos,
             "sin": sin,
@@ -170,7 +173,7 @@ class NHAAttentionMixin:
             entry.advance(state, hidden_states.shape[1])
         if self.nha_branch == "none":
             return torch.zeros_like(hidden_states), None
-        return self.o_proj(output.flatten(2)), None  # type: ignore[attr-defined]
+        return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), None  # type: ignore[attr-defined]
 
     def _nha_projections(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Un-rotated queries [B,T,H,D] and keys, values [B,T,G,D], normalised as the base family does."""
@@ -181,6 +184,11 @@ class NHAAttentionMixin:
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)  # type: ignore[attr-defined]
         return query, key, value
+
+
+def end_to_end(x: torch.Tensor) -> torch.Tensor:
+    """[1, B * T, ...] from [B, T, ...]."""
+    return x.reshape(1, -1, *x.shape[2:])
 
 
 def _attention_class(family: Family) -> type:

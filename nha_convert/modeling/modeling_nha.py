@@ -142,28 +142,28 @@ class NHAModelMixin(NHAPreTrainedMixin):
 
         Args:
             attention_mask: [B, past + T], 1 = real token; padding may stand anywhere.
-            position_ids: [B or 1, T]. With B = 1, no mask and no cache, a step other than 1 starts a new document.
+            position_ids: [B or 1, T]. Without mask and cache, a step other than 1 starts a new document in its row.
             past_key_values: a cache from `new_cache()`; made here when `use_cache` asks for one.
             use_cache: default: the configuration's, but off while training and for packed documents.
         Raises:
-            ValueError: a mask that is not 2D, packed documents with B > 1 or a cache, or a cache without
-                NHA states.
+            ValueError: a mask that is not 2D, packed documents with a cache, `cu_seq_lens_q` with B > 1, or a cache
+                without NHA states.
         """
         if self._nha_layers():
             packed = kwargs.get("cu_seq_lens_q")
             if packed is not None and position_ids is None:
                 position_ids = _positions_of(packed)
+            rows, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[union-attr]
             if use_cache is None:
                 several = (
                     attention_mask is None
                     and past_key_values is None
-                    and _document_boundaries(position_ids, packed) is not None
+                    and _document_boundaries(position_ids, packed, rows) is not None
                 )
                 use_cache = self.config.use_cache and not self.training and not several  # type: ignore[attr-defined]
             if past_key_values is None and use_cache:
                 past_key_values = self.new_cache()
-            length = (inputs_embeds if input_ids is None else input_ids).shape[1]  # type: ignore[union-attr]
-            attention_mask = self._prepare_nha(attention_mask, position_ids, past_key_values, length, kwargs)
+            attention_mask = self._prepare_nha(attention_mask, position_ids, past_key_values, (rows, length), kwargs)
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -179,20 +179,20 @@ class NHAModelMixin(NHAPreTrainedMixin):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         past_key_values: Any,
-        length: int,
+        shape: tuple[int, int],
         kwargs: dict[str, Any],
     ) -> torch.Tensor | None:
-        """Put what NHA layers read into `kwargs`, which reach them; return the mask for the other layers."""
+        """Put what NHA layers read of inputs of `shape` (B, T) into `kwargs`; return the mask for the other layers."""
         students = self._student_layers()
         if past_key_values is not None:
             check_cache(past_key_values, students)
             if kwargs.get("cu_seq_lens_q") is not None:
                 raise ValueError("packed documents (cu_seq_lens_q) cannot be read with a cache: pass use_cache=False")
-        padding = _padding_mask(attention_mask, length)
+        padding = _padding_mask(attention_mask, shape[1])
         if padding is not None:
             kwargs["nha_padding_mask"] = padding
         elif attention_mask is None and past_key_values is None:
-            boundaries = _document_boundaries(position_ids, kwargs.get("cu_seq_lens_q"))
+            boundaries = _document_boundaries(position_ids, kwargs.get("cu_seq_lens_q"), shape[0])
             if boundaries is not None:
                 kwargs["nha_cu_seqlens"] = boundaries
         if len(students) == self.config.num_hidden_layers:  # type: ignore[attr-defined]
@@ -222,24 +222,33 @@ def _positions_of(boundaries: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.arange(int(length), device=boundaries.device) for length in boundaries.diff()])[None]
 
 
-def _document_boundaries(position_ids: torch.Tensor | None, given: torch.Tensor | None) -> torch.Tensor | None:
-    """int32 boundaries [N + 1] of packed documents: `given`, or read from position ids as `transformers` does.
+def _document_boundaries(
+    position_ids: torch.Tensor | None, given: torch.Tensor | None, rows: int
+) -> torch.Tensor | None:
+    """int32 boundaries [N + 1] of packed documents in the rows laid end to end; None where each row is one document.
 
+    Args:
+        position_ids: [B or 1, T]; a step other than 1 starts a new document, as `transformers` reads it.
+        given: boundaries of one row, which position ids need not repeat.
+        rows: B.
     Raises:
-        ValueError: several documents in a batch of more than one row.
+        ValueError: boundaries were given for more than one row.
     """
     if given is not None:
+        if rows != 1:
+            raise ValueError(
+                f"cu_seq_lens_q describes one row, got a batch of {rows} rows: flatten the batch, or pass position_ids "
+                "that start anew at each document"
+            )
         return given
     if position_ids is None:
         return None
     jumps = position_ids.diff(dim=-1) != 1  # [B, T - 1]
     if not bool(jumps.any()):
         return None
-    if position_ids.shape[0] != 1:
-        raise ValueError(f"packed documents need a batch of 1 row, got {position_ids.shape[0]}: flatten the batch")
-    starts = jumps[0].nonzero().flatten() + 1
-    ends = [starts.new_zeros(1), starts, starts.new_full((1,), position_ids.shape[1])]
-    return torch.cat(ends).to(torch.int32)
+    first = jumps.new_ones(len(position_ids), 1)
+    starts = torch.cat((first, jumps), 1).expand(rows, -1).flatten().nonzero().flatten()
+    return torch.cat((starts, starts.new_full((1,), rows * position_ids.shape[1]))).to(torch.int32)
 
 
 class NHAForCausalLMMixin(NHAPreTrainedMixin):

@@ -112,11 +112,25 @@ def test_packed_documents_are_separate(pico: Path) -> None:
     )
     with pytest.raises(ValueError, match="cache"):
         model(packed, position_ids=positions, cu_seq_lens_q=boundaries, use_cache=True)
-    with pytest.raises(ValueError, match="1 row"):
-        model(IDS, position_ids=positions.expand(2, -1), use_cache=False)
+    with pytest.raises(ValueError, match="batch of 2 rows"):
+        model(IDS, cu_seq_lens_q=boundaries, use_cache=False)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("windows", [6, [6, "full"]])
+def test_packed_rows_of_a_batch(pico: Path, windows: Any) -> None:
+    """Rows may be packed differently; each document is what it is alone."""
+    model = load_student(pico, NHASettings(window=windows, slots=8, sinks=2))
+    lengths = ([17, 1, 22], [40])
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    together = model(IDS, position_ids=positions).logits
+    for row, cuts in enumerate(lengths):
+        alone = torch.cat([model(piece).logits for piece in IDS[row : row + 1].split(cuts, dim=1)], 1)
+        assert (together[row] - alone[0]).abs().max() <= 1e-5
+    equal = model(IDS, position_ids=positions[:1]).logits  # one row of positions for the whole batch
+    assert torch.equal(equal, model(IDS, position_ids=positions[:1].expand(2, -1)).logits)
+
+
 @torch.no_grad()
 def test_packed_documents_need_no_further_options(pico_llama: Path) -> None:
     """In evaluation mode the default cache is left off, and boundaries alone separate full layers too."""
