@@ -6,7 +6,9 @@ Heavy imports stand inside the commands, so that `--help` and refusals answer at
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +28,7 @@ from .command_options import (
     require_run,
 )
 from .errors import InputError, WorkError
+from .recipe import Recipe
 from .recipes_app import recipes_app
 
 app = typer.Typer(
@@ -97,7 +100,7 @@ def run(
     folder = Path(settings.output).expanduser()
     check_inputs(settings, folder, resume)
     if dry_run:
-        plan_ = make_plan(settings)
+        plan_ = make_plan(settings, _stage_cost())
         print_json(plan_) if as_json else print_rich(render_plan(plan_))
         return
     if resume and finished(folder):
@@ -112,6 +115,8 @@ def run(
             raise WorkError(
                 f"{folder}: interrupted; what was done is kept, go on with: nha-convert run {folder} --resume"
             ) from None
+    if not _speaks():
+        return
     verification = json.loads((folder / "verify.json").read_text(encoding="utf-8"))
     if as_json:
         print_json({"output": str(folder), "evaluation": evaluation, "verification": verification})
@@ -186,6 +191,14 @@ def swap(
         )
 
 
+def _stage_cost() -> Callable[[Recipe, int], dict[str, int]]:
+    """Imported late: it needs torch."""
+    prepare_libraries(quiet=True)
+    from .plan_memory import stage_cost
+
+    return stage_cost
+
+
 @app.command(short_help="What a recipe changes, trains and needs.")
 def plan(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
     """Says what a recipe will change, train and need, from config.json alone; loads and writes nothing.
@@ -197,7 +210,8 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = F
     from .plan import make_plan, render_plan
     from .recipe import load_recipe
 
-    plan_ = make_plan(load_recipe(recipe, set_ or []))
+    settings = load_recipe(recipe, set_ or [])
+    plan_ = make_plan(settings, _stage_cost())
     print_json(plan_) if as_json else print_rich(render_plan(plan_))
 
 
@@ -243,7 +257,14 @@ def main() -> None:
         _complain(error, 1)
 
 
+def _speaks() -> bool:
+    """Whether this process prints: of those that a launcher started together, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _complain(error: Exception, code: int) -> None:
+    if isinstance(error, InputError) and not _speaks():
+        sys.exit(code)  # all found the same
     for line in str(error).splitlines():
         print(f"error: {line}", file=sys.stderr)
     sys.exit(code)

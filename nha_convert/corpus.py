@@ -13,8 +13,8 @@ SKIPPED = frozenset({"site-packages", "test", "tests", "__pycache__", "lib2to3",
 HELD_OUT_SHARE = 0.06
 
 
-def stdlib_texts(split: str) -> list[str]:
-    """The standard library's `.py` files as texts, one per file, in a fixed order.
+def stdlib_files(split: str) -> list[Path]:
+    """The standard library's `.py` files, in a fixed order.
 
     Args:
         split: `train`, or `held_out` for the 6 % of files whose relative path hashes lowest.
@@ -25,17 +25,22 @@ def stdlib_texts(split: str) -> list[str]:
     if split not in ("train", "held_out"):
         raise ValueError(f"split must be 'train' or 'held_out', found {split!r}")
     root = Path(sysconfig.get_paths()["stdlib"])
-    texts = []
+    files = []
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if SKIPPED.intersection(relative.parts) or path.stat().st_size > 400_000:
             continue
         held_out = _share(relative.as_posix()) < HELD_OUT_SHARE
         if held_out == (split == "held_out"):
-            texts.append(path.read_text(encoding="utf-8", errors="ignore"))
-    if not texts:
+            files.append(path)
+    if not files:
         raise FileNotFoundError(f"no Python sources under {root}; use `source: text` with a path instead")
-    return texts
+    return files
+
+
+def stdlib_texts(split: str) -> list[str]:
+    """The texts of `stdlib_files(split)`, one per file."""
+    return [path.read_text(encoding="utf-8", errors="ignore") for path in stdlib_files(split)]
 
 
 def _share(name: str) -> float:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,85 +22,207 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from .convert import load_student
 from .data import held_out_tokens, recall_filler, training_dataset
-from .devices import find_device
+from .devices import find_device, world_of
+from .errors import InputError, WorkError
 from .evaluate.suite import evaluate_student, evaluate_teacher
 from .files import write_json, write_text
 from .plan import make_plan
+from .plan_memory import stage_cost
 from .preflight import preflight
 from .publish.export import export_model
 from .publish.verify import verify_checkpoint
 from .recipe import Recipe, dump_recipe
 from .report import write_report
 from .train import run_stage
+from .train.batches import plan_batches
+from .train.engine import Engine, RankLostError, start_engine, stop_engine
+from .train.faults import check_reporting
 
 
 def run(recipe: Recipe, out: Path | None = None, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
-    """Convert, distil, evaluate, export, verify and report.
+    """Convert, distil, evaluate, export, verify and report; by one process, or by all that a launcher started.
 
     Args:
         recipe: resolved settings; with `resume` they must be the run folder's own.
-        out: the run folder; None takes `recipe.output`.
+        out: the run folder, the same for all processes; None takes `recipe.output`.
         resume: go on in a folder that an earlier, killed run left.
-        quiet: no progress bars.
+        quiet: no progress.
     Returns:
         The content of eval.json.
     Raises:
-        InputError: the recipe, the model or the folder is wrong; nothing was written.
-        WorkError: a stage failed; what was done is kept and `--resume` goes on.
+        InputError: the recipe, the model, the folder or the engine is wrong; nothing was written.
+        WorkError: a stage failed, or SIGTERM; what was done is kept and `--resume` goes on.
+        SystemExit: the same on a process other than rank 0, which leaves the message to rank 0.
     """
-    started = time.time()
     out = Path(out or recipe.output)
     teacher_dir = preflight(recipe, out, resume)
-    _prepare(recipe)
+    check_reporting(recipe.runtime.report_to)
     place = find_device(recipe.runtime.device)
-    tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
-    measure = Measurement(recipe, tokenizer, out / "evaluation", quiet)
-    for index in range(len(recipe.stages)):
-        training_dataset(
-            recipe, index, tokenizer, quiet=quiet
-        )  # refuses what cannot be read before anything is written
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "recipe.yaml", dump_recipe(recipe))
-    write_json(out / "plan.json", make_plan(recipe))
-    model = load_student(teacher_dir, recipe.nha, dtype=getattr(torch, recipe.runtime.dtype), seed=recipe.seed)
-    model.to(place)
-    rows = {"teacher": measure.teacher(model)}
-    rows["swapped"] = measure.student(model, "swapped", teacher=None, last=not recipe.stages)
-    aligns = [index for index, stage in enumerate(recipe.stages) if stage.kind == "align"]
-    seconds = 0.0
+    check_engine(recipe)
+    with stopped_by_sigterm(out):
+        engine = start_engine(recipe.runtime, place)
+        try:
+            return Job(recipe, out, teacher_dir, engine, place, quiet or not engine.main).run(resume)
+        except RankLostError:
+            raise
+        except (InputError, WorkError) as error:
+            if engine.main:
+                raise
+            raise SystemExit(2 if isinstance(error, InputError) else 1) from error
+        finally:
+            stop_engine()
+
+
+def check_engine(recipe: Recipe) -> None:
+    """
+    Raises:
+        InputError: a stage's rows cannot be dealt out to the processes, or it cannot run under FSDP2.
+    """
+    _, world, _ = world_of(os.environ)
     for index, stage in enumerate(recipe.stages):
-        model, done = run_stage(model, tokenizer, recipe, index, out, resume=resume, quiet=quiet)
-        last = index == len(recipe.stages) - 1
-        seconds += done["seconds"]
-        label = "final" if last else "aligned" if index == aligns[-1] else f"stage_{index + 1}"
-        teacher = None if stage.kind == "align" else measure.teacher_model(teacher_dir)
-        rows[label] = measure.student(model, label, teacher=teacher, last=last)
-    rows.setdefault("final", rows["swapped"] | {"label": "final"})
-    seconds += sum(row["seconds"] for row in rows.values())  # of a killed run's processes, too
-    if recipe.stages and recipe.stages[-1].kind == "align":
-        rows["aligned"] = rows["final"] | {"label": "aligned"}
-    evaluation = measure.summary(rows, seconds=max(seconds, time.time() - started))
-    write_json(out / "eval.json", evaluation)
-    if not (out / "export").exists():
-        _save_export_check(model, measure.held_out, out / "export_check.safetensors")
-        export_model(
-            model,
-            tokenizer,
-            out / "export",
-            teacher_dir=teacher_dir,
-            recipe=recipe,
-            evaluation=evaluation,
-            max_shard_size=recipe.export.max_shard_size,
+        plan_batches(stage.batch_size, world, recipe.runtime.micro_batch, f"stages.{index}")
+        if recipe.runtime.engine == "fsdp2" and stage.kind == "align" and stage.changes_base:
+            raise InputError(
+                f"stages.{index}.train: under runtime.engine fsdp2 alignment trains gates alone, found {stage.train}; "
+                "set train: gates, or runtime.engine: ddp"
+            )
+
+
+@contextmanager
+def stopped_by_sigterm(out: Path) -> Iterator[None]:
+    """Inside, SIGTERM ends the run with a line; while a stage trains it is saved first (`StageJob`).
+
+    Raises:
+        WorkError: SIGTERM has come.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise WorkError(
+            f"{out}: stopped by SIGTERM; finished stages and measurements are kept, go on with: nha-convert run {out} "
+            "--resume"
         )
-    write_json(out / "verify.json", verify_checkpoint(out / "export", expected=out / "export_check.safetensors"))
-    write_report(out)
-    return evaluation
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _prepare(recipe: Recipe) -> None:
-    torch.manual_seed(recipe.seed)
-    if recipe.runtime.threads is not None:
-        torch.set_num_threads(recipe.runtime.threads)
+class Job:
+    """One run. Rank 0 measures and writes while the others wait; all train.
+
+    Args:
+        recipe, out: what to do, and the run folder.
+        teacher_dir: the base model's folder.
+        engine, place: the processes that train together, and where this one computes.
+        quiet: no progress.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, teacher_dir: Path, engine: Engine, place: Any, quiet: bool) -> None:
+        self.recipe, self.out, self.teacher_dir = recipe, out, teacher_dir
+        self.engine, self.place, self.quiet = engine, place, quiet
+        self.home = torch.device("cpu") if engine.kind == "fsdp2" else place  # where the model is between measurements
+        self.rows: dict[str, dict[str, Any]] = {}
+        torch.manual_seed(recipe.seed)
+        if recipe.runtime.threads is not None:
+            torch.set_num_threads(recipe.runtime.threads)
+
+    def run(self, resume: bool) -> dict[str, Any]:
+        """All of it; eval.json's content on every rank."""
+        started = time.time()
+        recipe, out = self.recipe, self.out
+        self.tokenizer = AutoTokenizer.from_pretrained(self.teacher_dir)
+        with self.engine.main_first("data"):
+            self.measure = Measurement(recipe, self.tokenizer, out / "evaluation", self.quiet)
+            for index in range(len(recipe.stages)):  # refuses what cannot be read before anything is written
+                training_dataset(recipe, index, self.tokenizer, quiet=self.quiet)
+        if self.engine.main:
+            out.mkdir(parents=True, exist_ok=True)
+            write_text(out / "recipe.yaml", dump_recipe(recipe))
+            write_json(out / "plan.json", make_plan(recipe, stage_cost))
+        model = self._load().to(self.home)
+        self._measure(model, "teacher")
+        self._measure(model, "swapped", last=not recipe.stages)
+        seconds = 0.0
+        for index in range(len(recipe.stages)):
+            model, done = self._stage(model, index, resume)
+            seconds += done["seconds"]
+            self._measure(model, self._label(index), index=index, last=index == len(recipe.stages) - 1)
+        with self.engine.main_first("end"):
+            if self.engine.main:
+                self._finish(model.to(self.place), seconds, started)
+        return json.loads((out / "eval.json").read_text(encoding="utf-8"))
+
+    def _load(self) -> Any:
+        dtype = getattr(torch, self.recipe.runtime.dtype)
+        return load_student(self.teacher_dir, self.recipe.nha, dtype=dtype, seed=self.recipe.seed)
+
+    def _stage(self, model: Any, index: int, resume: bool) -> tuple[Any, dict[str, Any]]:
+        def teacher() -> Any:
+            base = self._load().to(self.home)
+            base.set_windows("full")
+            return base.eval()
+
+        return run_stage(
+            model,
+            self.tokenizer,
+            self.recipe,
+            index,
+            self.out,
+            resume=resume,
+            quiet=self.quiet,
+            teacher=teacher,
+            engine=self.engine,
+            device=self.place,
+        )
+
+    def _label(self, index: int) -> str:
+        """The name of a stage's row in eval.json."""
+        kinds = [stage.kind for stage in self.recipe.stages]
+        if index == len(kinds) - 1:
+            return "final"
+        return "aligned" if "align" not in kinds[index + 1 :] and kinds[index] == "align" else f"stage_{index + 1}"
+
+    def _measure(self, model: Any, label: str, *, index: int = -1, last: bool = False) -> None:
+        """A row of eval.json, on rank 0, where `model` is moved to its device and back."""
+        with self.engine.main_first(f"evaluation/{label}"):
+            if not self.engine.main:
+                return
+            model.to(self.place)
+            if label == "teacher":
+                self.rows[label] = self.measure.teacher(model)
+            else:
+                changed = any(stage.changes_base for stage in self.recipe.stages[: index + 1])
+                teacher = self.measure.teacher_model(self.teacher_dir) if changed else None
+                self.rows[label] = self.measure.student(model, label, teacher=teacher, last=last)
+            model.to(self.home)
+
+    def _finish(self, model: Any, seconds: float, started: float) -> None:
+        """eval.json, export, verification and report."""
+        recipe, out, rows = self.recipe, self.out, self.rows
+        rows.setdefault("final", rows["swapped"] | {"label": "final"})
+        seconds += sum(row["seconds"] for row in rows.values())  # of a killed run's processes, too
+        if recipe.stages and recipe.stages[-1].kind == "align":
+            rows["aligned"] = rows["final"] | {"label": "aligned"}
+        evaluation = self.measure.summary(rows, seconds=max(seconds, time.time() - started))
+        write_json(out / "eval.json", evaluation)
+        if not (out / "export").exists():
+            _save_export_check(model, self.measure.held_out, out / "export_check.safetensors")
+            export_model(
+                model,
+                self.tokenizer,
+                out / "export",
+                teacher_dir=self.teacher_dir,
+                recipe=recipe,
+                evaluation=evaluation,
+                max_shard_size=recipe.export.max_shard_size,
+            )
+        write_json(out / "verify.json", verify_checkpoint(out / "export", expected=out / "export_check.safetensors"))
+        write_report(out)
 
 
 class Measurement:

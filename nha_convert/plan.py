@@ -5,13 +5,14 @@ Legend: L layers, H query heads, G key/value heads, D head_dim, M slots, W windo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
 from .families import FAMILIES
 from .model_files import check_family, check_windows, read_config
-from .recipe import AlignStage, NHASettings, Recipe
+from .recipe import NHASettings, Recipe
 from .weights.config_check import size_problems
 from .weights.weight_files import refuse
 
@@ -19,12 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 BYTES = {"float32": 4, "bfloat16": 2}
-ADAM_BYTES = 12
-"""Gradient and two moments, fp32, per trained parameter."""
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
-LOGITS_ALIVE = 1 << 27
-"""Logits of one stage that are alive at once (the distill stage recomputes them in chunks of this size)."""
-
 
 @dataclass(frozen=True)
 class Dimensions:
@@ -60,11 +56,6 @@ class Dimensions:
         }
 
     @property
-    def widest(self) -> int:
-        """Feed-forward width that one token meets in a layer, at most."""
-        return max(self.intermediate, self.experts_per_token * self.expert_size)
-
-    @property
     def attention_parameters(self) -> int:
         """Parameters of one layer's attention and its two norms."""
         attention = sum(rows * columns for rows, columns in self.projections.values())
@@ -94,10 +85,6 @@ class Dimensions:
         """New parameters of one NHA layer."""
         gate = (self.hidden + 1) * self.groups * nha.slots
         return gate + self.heads * self.head_dim * nha.slot_query_scale + self.heads * nha.slot_bias
-
-    def lora_parameters(self, rank: int, targets: list[Any]) -> int:
-        """Adapter parameters of one layer."""
-        return sum(rank * sum(self.projections[target]) for target in targets)
 
     def full_cache_bytes(self, tokens: int, element: int) -> int:
         """Key/value cache of one full-attention layer for one sequence."""
@@ -160,9 +147,11 @@ def _experts(config: dict[str, Any], layers: int) -> tuple[int, int]:
     return (experts, len(sparse)) if sparse else (0, 0)
 
 
-def make_plan(recipe: Recipe) -> dict[str, Any]:
+def make_plan(recipe: Recipe, cost: Callable[[Recipe, int], dict[str, int]]) -> dict[str, Any]:
     """What a run of the recipe will change, train, keep and need.
 
+    Args:
+        cost: what a stage trains and takes, `plan_memory.stage_cost`.
     Returns:
         {"model", "output", "layers": [row], "parameters", "stages": [row], "cache": [row per context],
         "notes": [text]}; bytes for one sequence, plain ints.
@@ -192,9 +181,9 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
             for layer, window in enumerate(windows)
         ],
         "parameters": {"model": sizes.parameters, "new": new},
-        "stages": [_stage(recipe, index, sizes, new) for index in range(len(recipe.stages))],
+        "stages": [_stage(recipe, index, sizes, cost(recipe, index)) for index in range(len(recipe.stages))],
         "cache": [_cache(sizes, nha, windows, element, tokens) for tokens in _contexts(sizes.context)],
-        "notes": _notes(recipe, windows),
+        "notes": _notes(recipe, windows, new),
     }
 
 
@@ -212,65 +201,65 @@ def _cache(sizes: Dimensions, nha: NHASettings, windows: list[int | None], eleme
     return {"context": tokens, "teacher_bytes": teacher, "student_bytes": student}
 
 
-def _stage(recipe: Recipe, index: int, sizes: Dimensions, new: int) -> dict[str, Any]:
-    """One row of the plan: what a stage trains, how long, and the parts of its estimated peak memory.
+def _stage(recipe: Recipe, index: int, sizes: Dimensions, cost: dict[str, int]) -> dict[str, Any]:
+    """One row of the plan: what a stage trains, how long, and the parts of its peak memory.
 
-    FLOPs count one forward pass (2 per active parameter and token) for align; for distill the teacher's, the student's
-    and the gradient of the activations (frozen weights need none of their own).
+    FLOPs: 2 per active parameter and token for a forward pass (the teacher's, and but for align the student's), 2 for
+    the gradient of activations, and 2 per trained parameter of the base model for its own gradient.
     """
     stage = recipe.stages[index]
-    element = BYTES[recipe.runtime.dtype]
     rows = stage.batch_size * stage.sequence_length
-    adapters = 0
-    if not isinstance(stage, AlignStage):
-        adapters = sizes.layers * sizes.lora_parameters(stage.lora.rank, stage.lora.targets)
-    trained = new + adapters
-    # One layer alive at a time under no_grad (align); all layers' inputs to every product (distill).
-    wide = 2 * sizes.hidden + 2 * sizes.head_dim * (sizes.heads + sizes.groups) + 3 * sizes.widest
-    gates = sizes.groups * recipe.nha.slots * 4
-    one_layer = rows * (wide * element + 6 * gates)
-    logits = min(rows * sizes.vocabulary, LOGITS_ALIVE) * 4
-    is_align = isinstance(stage, AlignStage)
-    memory = {
-        "weights": sizes.parameters * element + new * 4 + adapters * 4,
-        "gradients_and_adam": trained * ADAM_BYTES,
-        "activations": one_layer * (1 if is_align else sizes.layers),
-        "logits": 0 if is_align else 4 * logits,
-    }
+    passes = int(stage.compares) + 2 * (stage.kind != "align")
+    flops = 2 * passes * sizes.active_parameters + 2 * cost["trained_base_parameters"]
+    memory = {name: value for name, value in cost.items() if not name.startswith("trained")}
     return {
         "stage": stage.name or stage.kind,
         "kind": stage.kind,
+        "train": list(stage.train),
         "tokens": stage.tokens,
         "steps": stage.steps,
         "sequence_length": stage.sequence_length,
         "batch_size": stage.batch_size,
-        "trained_parameters": trained,
-        "frozen_parameters": sizes.parameters,
-        "training_flops": (2 if is_align else 6) * sizes.active_parameters * stage.steps * rows,
+        "trained_parameters": cost["trained_parameters"],
+        "frozen_parameters": sizes.parameters - cost["trained_base_parameters"],
+        "training_flops": flops * stage.steps * rows,
         "memory_bytes": memory,
         "peak_bytes": sum(memory.values()),
     }
 
 
-def _notes(recipe: Recipe, windows: list[int | None]) -> list[str]:
+def _notes(recipe: Recipe, windows: list[int | None], new: int) -> list[str]:
     """What a reader of the plan would want to be told."""
     notes = []
     exact = [window for window in windows if window is not None]
     if not exact:
         notes.append("Every layer keeps full attention: the result computes what the model computes.")
+    elif 2 * len(exact) < len(windows):
+        notes.append(
+            f"{len(windows) - len(exact)} of {len(windows)} layers keep full attention, so most of the cache still "
+            "grows; convert more of them"
+        )
     for index, stage in enumerate(recipe.stages):
         if exact and min(exact) + recipe.nha.sinks >= stage.sequence_length:
             notes.append(
                 f"stages.{index}: its sequences of {stage.sequence_length} tokens fit into every window and the sinks, "
                 "so the slots see nothing and learn nothing; raise sequence_length or lower nha.window"
             )
-    trained_last = recipe.stages[-1].kind if recipe.stages else None
-    if trained_last is None:
+        if stage.tokens < new:
+            notes.append(
+                f"stages.{index}: {count(stage.tokens)} tokens are fewer than the {count(new)} new parameters; "
+                "give it more"
+            )
+    changing = [stage for stage in recipe.stages if stage.changes_base]
+    parts = sorted({part for stage in changing for part in stage.train if part != "gates"})
+    if not recipe.stages:
         notes.append("No stages: the model is swapped, measured and exported untrained.")
-    elif trained_last == "align":
+    elif not changing:
         notes.append("Only gates are trained; every base tensor of the result is the model's own, byte for byte.")
-    else:
+    elif parts == ["lora"]:
         notes.append("Adapters are merged into q/k/v/o; everything else of the model stays frozen.")
+    else:
+        notes.append(f"The model's own tensors are trained ({', '.join(parts)}), not only its gates.")
     return notes
 
 
@@ -314,7 +303,7 @@ def _stage_table(plan: dict[str, Any]) -> list[Any]:
 
     if not plan["stages"]:
         return []
-    table = Table(title="Stages (memory is an estimate)", title_justify="left")
+    table = Table(title="Stages (memory of one process that holds all of it)", title_justify="left")
     table.add_column("stage")
     for column in ("tokens", "steps", "batch x length", "trained", "frozen", "PFLOP", "peak memory"):
         table.add_column(column, justify="right")

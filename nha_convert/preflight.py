@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,15 @@ from .errors import InputError
 from .model_files import local_folder
 from .plan import Dimensions, model_dimensions
 from .recipe import Recipe, load_recipe
+from .text_sources import find_place, text_files
 from .weights.weight_files import check_weights
 from .work_folder import check_writable
 
-NOT_COMPARED = ("output", "runtime.threads", "runtime.logging_steps", "export.max_shard_size")
+NOT_COMPARED = (
+    *("output", "export.max_shard_size", "runtime.threads", "runtime.logging_steps", "runtime.engine"),
+    *("runtime.micro_batch", "runtime.gradient_checkpointing", "runtime.compile", "runtime.cpu_offload"),
+    *("runtime.rank_timeout", "runtime.report_to", "data.workers", "data.cache"),
+)
 """Settings that may differ when a run goes on."""
 
 
@@ -76,19 +80,16 @@ def _size_problems(recipe: Recipe, dimensions: Dimensions) -> list[str]:
 
 
 def _text_problems(recipe: Recipe) -> list[str]:
-    """Local text that is not there."""
+    """Local text that is not there, or is of no known format."""
     problems = []
     for index, source in enumerate(recipe.data.sources):
-        path = Path(source.path or "").expanduser()
-        if source.source == "text":
-            there = any(path.rglob("*.txt")) if path.is_dir() else any(glob.iglob(str(path), recursive=True))
-            if not there:
-                problems.append(
-                    f"data.sources.{index}.path: no text found at {source.path!r}; "
-                    "give a file, a glob or a folder of .txt files"
-                )
-        elif source.source == "dataset" and path.suffix in (".jsonl", ".json", ".parquet") and not path.is_file():
-            problems.append(f"data.sources.{index}.path: no file {source.path!r}; give a .jsonl or .parquet file")
+        try:
+            if source.source == "text":
+                text_files(str(source.path))
+            elif source.source in ("dataset", "chat"):
+                find_place(source)
+        except InputError as error:
+            problems.append(str(error).replace("data.sources:", f"data.sources.{index}.path:", 1))
     return problems
 
 

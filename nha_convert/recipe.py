@@ -15,17 +15,15 @@ from pydantic import ValidationError
 from .errors import InputError, nearest
 from .recipe_errors import Location, duplicate_keys, line_of, problems
 from .settings import (
-    AlignStage,
     DataSettings,
-    DistillStage,
     EvaluateSettings,
     ExportSettings,
-    LoraSettings,
     NHASettings,
     Recipe,
     RuntimeSettings,
     SourceSettings,
 )
+from .stage_settings import AlignStage, DistillStage, FinetuneStage, HiddenStage, LoraSettings, LossSettings
 
 __all__ = [
     "AlignStage",
@@ -33,7 +31,10 @@ __all__ = [
     "DistillStage",
     "EvaluateSettings",
     "ExportSettings",
+    "FinetuneStage",
+    "HiddenStage",
     "LoraSettings",
+    "LossSettings",
     "NHASettings",
     "Recipe",
     "RuntimeSettings",

@@ -114,7 +114,7 @@ def problem(model: type[BaseModel], error: Any, data: Any) -> str:
     if kind == "missing":
         return f"{key}: is missing; {_needs(model, location)}"
     if kind == "union_tag_not_found":
-        return f"{key}: `kind` is missing; allowed: {context.get('expected_tags', 'align, distill')}"
+        return f"{key}: `kind` is missing; allowed: {context.get('expected_tags', 'align, hidden, distill, finetune')}"
     if kind == "union_tag_invalid":
         allowed = str(context["expected_tags"]).replace("'", "")
         tag = str(context["tag"])
@@ -175,7 +175,7 @@ def _needs(model: type[BaseModel], location: Location) -> str:
         "model": "with a Hub id, a model folder, or `embedded`",
         "data": "such as `data: {sources: [{source: stdlib}]}`",
         "sources": "such as `sources: [{source: stdlib}]`",
-        "source": "with one of stdlib, recall, text, dataset",
+        "source": "with one of stdlib, recall, text, dataset, chat",
         "stages": "such as `stages: [{kind: align, tokens: 400k}]`; `stages: []` trains nothing",
         "tokens": "such as `tokens: 400k`",
     }

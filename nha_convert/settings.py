@@ -5,101 +5,23 @@
 
 from __future__ import annotations
 
-import math
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, field_validator, model_validator
+from pydantic import BeforeValidator, Field, StrictBool, field_validator, model_validator
 
 from .errors import InputError
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
-
-
-class Settings(BaseModel):
-    """Base of all settings: unknown keys are errors, values are checked again on assignment."""
-
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"a number is needed, found {str(value).lower()}")
-    return value
-
-
-def _tokens(value: Any) -> int:
-    """A token count: an int, or a number with k, M or B (1000s): `400k`, `1.5M`."""
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kKmMbBgG]?)\s*", value)
-        if match is None:
-            raise ValueError(f"a count such as 400000, 400k, 20M or 1B is needed, found {value!r}")
-        value = float(match[1].replace("_", "")) * _UNITS[match[2].lower()]
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or value != int(value)
-        or value < 1
-    ):
-        raise ValueError(f"a count of at least 1 such as 400000, 400k or 20M is needed, found {value!r}")
-    return int(value)
-
-
-def _one_window(value: Any) -> int | str:
-    if value == "full":
-        return "full"
-    if isinstance(value, str) and value.strip().isdigit():
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(
-            f"an integer >= 0, `full`, or a list of these with one entry per layer is needed, found {value!r}; "
-            "0 keeps no exact tokens, 64 is the default"
-        )
-    return value
-
-
-def _window(value: Any) -> int | str | list[int | str]:
-    if isinstance(value, list):
-        if not value:
-            raise ValueError("a list of windows needs one entry per layer, found an empty list")
-        return [_one_window(item) for item in value]
-    return _one_window(value)
-
-
-def _full_layers(value: Any) -> list[int] | str:
-    if isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
-        return sorted(set(value))
-    if isinstance(value, str) and re.fullmatch(r"every:[1-9][0-9]*", value):
-        return value
-    if isinstance(value, str) and value.startswith("auto:"):
-        raise ValueError(
-            f"`auto:N` (choosing the layers by measurement) is not in this version, found {value!r}; "
-            "name the layers, such as [3, 7], or use `every:4`"
-        )
-    raise ValueError(f"a list of layer numbers (from 0) or `every:N` is needed, found {value!r}")
-
-
-def _device(value: Any) -> str:
-    if isinstance(value, str) and re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", value):
-        return value
-    raise ValueError(f"one of auto, cpu, mps, cuda or cuda:N is needed, found {value!r}")
-
-
-def _size(value: Any) -> str:
-    if isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?[KMGT]B", value):
-        return value
-    raise ValueError(f"a size such as 500MB or 5GB is needed, found {value!r}")
-
-
-Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
-CountFromZero = Annotated[int, BeforeValidator(_number), Field(ge=0)]
-Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
-Weight = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1, allow_inf_nan=False)]
-Tokens = Annotated[int, BeforeValidator(_tokens)]
-Window = Annotated[int | str | list[int | str], BeforeValidator(_window)]
-FullLayers = Annotated[list[int] | str, BeforeValidator(_full_layers)]
+from .settings_types import (
+    Count,
+    CountFromZero,
+    FullLayers,
+    Positive,
+    Settings,
+    Tokens,
+    Window,
+    device_name,
+    size_text,
+)
+from .stage_settings import BASE_PARTS, Stage
 
 
 class NHASettings(Settings):
@@ -153,29 +75,84 @@ class NHASettings(Settings):
 
 
 class SourceSettings(Settings):
-    """One source of training text; `weight` is its share of the windows relative to the other sources."""
+    """One source of training text.
 
-    source: Literal["stdlib", "recall", "text", "dataset"]
+    Attributes:
+        source: `stdlib` (this Python's own sources), `recall` (made documents that only memory can predict), `text`
+            (files of plain text), `dataset` (rows with a column of text) or `chat` (rows with conversations).
+        name: what `stages.N.sources` calls it; the source's kind where it has none.
+        weight: its share of what is trained on, relative to the other sources.
+        path: `text`: a file, glob or folder of .txt. `dataset`, `chat`: a .jsonl, .parquet or .arrow file, glob, folder
+            or URL, a folder of `save_to_disk`, a Hub id, or `json`, `parquet`, `arrow`, `csv` with `data_files`.
+        config, revision: of a Hub dataset.
+        data_files: files, globs or URLs of that dataset or format.
+        streaming: read a Hub dataset as it comes; false downloads it first.
+        split: its split.
+        column: the column of the text, or of the conversation: a list of {role, content}.
+        prompt, response: `chat`: two columns of text instead of a conversation.
+    """
+
+    source: Literal["stdlib", "recall", "text", "dataset", "chat"]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = None
     weight: Positive = 1.0
     path: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    data_files: list[str] | None = None
+    streaming: StrictBool = True
     split: str = "train"
     column: str = "text"
+    prompt: str | None = None
+    response: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What stages and messages call it."""
+        return self.name or self.source
+
+    @model_validator(mode="before")
+    @classmethod
+    def _conversations_are_messages(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("source") == "chat":
+            return {"column": "messages", **data}
+        return data
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> SourceSettings:
-        if self.source in ("text", "dataset") and not self.path:
-            what = "a file, glob or folder of .txt" if self.source == "text" else "a Hub id or a .jsonl/.parquet file"
-            raise ValueError(f"`source: {self.source}` needs `path`: {what}")
         if self.source in ("stdlib", "recall") and self.path:
             raise ValueError(f"`source: {self.source}` takes no `path`, found {self.path!r}; use `source: text`")
+        if self.source == "text" and not self.path:
+            raise ValueError("`source: text` needs `path`: a file, a glob or a folder of .txt")
+        if self.source in ("dataset", "chat") and not self.path:
+            raise ValueError(f"`source: {self.source}` needs `path`: a Hub id, or a .jsonl, .parquet or .arrow file")
+        if self.data_files is not None and (not self.data_files or self.source not in ("dataset", "chat")):
+            raise ValueError(
+                f"`data_files` lists the files of a `dataset` or `chat` source, found {self.data_files!r} for "
+                f"`source: {self.source}`; leave it out or name a file"
+            )
+        if (self.prompt is None) != (self.response is None):
+            raise ValueError("`prompt` and `response` are two columns that go together; give both or neither")
+        if self.prompt is not None and self.source != "chat":
+            raise ValueError(f"`prompt` and `response` belong to `source: chat`, found `source: {self.source}`")
         return self
 
 
 class DataSettings(Settings):
-    """Where training and held-out text come from."""
+    """Where training and held-out text come from, and how it is laid out.
+
+    Attributes:
+        held_out_tokens: what is kept from training, for the evaluation.
+        packing: `windows` cuts random windows out of each source's stream of text; `documents` packs whole documents
+            into rows, none of which sees another, and goes through all of them before any comes again.
+        workers: processes that tokenise; 1 stays in this one.
+        cache: folder of tokenised text; None is `nha_convert` in the cache of `datasets`.
+    """
 
     sources: Annotated[list[SourceSettings], Field(min_length=1)]
     held_out_tokens: Tokens = 32768
+    packing: Literal["windows", "documents"] = "windows"
+    workers: Count = 1
+    cache: str | None = None
 
     @field_validator("sources")
     @classmethod
@@ -184,63 +161,19 @@ class DataSettings(Settings):
             raise ValueError("`recall` documents are filled with text; add one of `stdlib`, `text` or `dataset`")
         return sources
 
+    def of_stage(self, names: list[str] | None) -> list[SourceSettings]:
+        """The sources that a stage reads: those with the given names, or all where none are given.
 
-class LoraSettings(Settings):
-    """Low-rank adapters on the attention projections."""
-
-    rank: Count = 8
-    alpha: Positive = 16
-    dropout: Share = 0.0
-    targets: Annotated[list[Literal["q_proj", "k_proj", "v_proj", "o_proj"]], Field(min_length=1)] = [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-    ]
-
-
-class StageSettings(Settings):
-    """What every training stage has."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = None
-    tokens: Tokens
-    sequence_length: Annotated[Count, Field(ge=8)] = 512
-    batch_size: Count = 8
-    warmup: Share = 0.05
-    save_steps: Count = 25
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps: tokens / (sequence_length * batch_size), rounded up."""
-        return math.ceil(self.tokens / (self.sequence_length * self.batch_size))
-
-
-class AlignStage(StageSettings):
-    """Attention-output alignment: only gates and the slots' query scale and bias learn."""
-
-    kind: Literal["align"]
-    learning_rate: Positive = 2.0e-2
-
-
-class DistillStage(StageSettings):
-    """Logit distillation: gates and LoRA learn from the teacher's distribution and the text."""
-
-    kind: Literal["distill"]
-    learning_rate: Positive = 1.0e-3
-    gate_learning_rate: Positive = 2.0e-3
-    kl_weight: Weight = 1.0
-    ce_weight: Weight = 0.2
-    temperature: Positive = 1.0
-    lora: LoraSettings = LoraSettings()
-
-    @model_validator(mode="after")
-    def _some_loss(self) -> DistillStage:
-        if self.kl_weight == 0 and self.ce_weight == 0:
-            raise ValueError("kl_weight and ce_weight are both 0: nothing would be learned; raise one of them")
-        return self
-
-
-Stage = Annotated[AlignStage | DistillStage, Field(discriminator="kind")]
+        Raises:
+            ValueError: no source has one of the names.
+        """
+        if names is None:
+            return list(self.sources)
+        there = [source.label for source in self.sources]
+        for name in names:
+            if name not in there:
+                raise ValueError(f"no source of `data.sources` is named {name!r}; allowed: {', '.join(there)}")
+        return [source for source in self.sources if source.label in names]
 
 
 class EvaluateSettings(Settings):
@@ -257,16 +190,38 @@ class EvaluateSettings(Settings):
 class ExportSettings(Settings):
     """How the result is written."""
 
-    max_shard_size: Annotated[str, BeforeValidator(_size)] = "5GB"
+    max_shard_size: Annotated[str, BeforeValidator(size_text)] = "5GB"
 
 
 class RuntimeSettings(Settings):
-    """Where and how it runs; nothing here changes what is learned except rounding."""
+    """Where and how it runs; but for `dtype` nothing here changes what is learned except rounding.
+
+    Attributes:
+        dtype: of the weights; gates are fp32 always.
+        threads: of one process on a CPU.
+        logging_steps: optimizer steps between two rows of metrics.jsonl.
+        engine: `ddp` (each process holds the whole model) or `fsdp2` (each holds a share); `auto` is one process where
+            there is one, else ddp.
+        micro_batch: rows of one forward pass of one process; a step's rows are cut into such pieces. Not given: all
+            rows that a process has.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        compile: compile the decoder layers' feed-forward part and norms with `torch.compile`.
+        cpu_offload: keep weights, gradients and optimizer state in host memory between uses (fsdp2 on a GPU).
+        rank_timeout: seconds after which a process that does not answer counts as lost.
+        report_to: what also receives the rows of metrics.jsonl.
+    """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    device: Annotated[str, BeforeValidator(_device)] = "auto"
+    device: Annotated[str, BeforeValidator(device_name)] = "auto"
     threads: Count | None = None
     logging_steps: Count = 5
+    engine: Literal["auto", "ddp", "fsdp2"] = "auto"
+    micro_batch: Count | None = None
+    gradient_checkpointing: StrictBool = False
+    compile: StrictBool = False
+    cpu_offload: StrictBool = False
+    rank_timeout: Positive = 600.0
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
 
 
 class Recipe(Settings):
@@ -282,11 +237,32 @@ class Recipe(Settings):
     export: ExportSettings = ExportSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 
-    @field_validator("stages")
-    @classmethod
-    def _distill_is_last(cls, stages: list[AlignStage | DistillStage]) -> list[AlignStage | DistillStage]:
-        if any(stage.kind == "distill" for stage in stages[:-1]):
-            raise ValueError(
-                "a `distill` stage merges its adapters into the teacher's weights; let it be the last stage"
-            )
-        return stages
+    @model_validator(mode="after")
+    def _sources_exist(self) -> Recipe:
+        for index, stage in enumerate(self.stages):
+            try:
+                self.data.of_stage(stage.sources)
+            except ValueError as error:
+                raise ValueError(f"stages.{index}.sources: {error}") from error
+        return self
+
+    def needs_teacher(self, index: int) -> bool:
+        """Whether stage `index` reads a teacher that the student's own weights are not any more (or will not stay)."""
+        stage = self.stages[index]
+        own = any(part in BASE_PARTS for part in stage.train)
+        return stage.compares and (own or any(before.changes_base for before in self.stages[:index]))
+
+    @model_validator(mode="after")
+    def _precisions_fit(self) -> Recipe:
+        for index, stage in enumerate(self.stages):
+            where = f"stages.{index}"
+            if self.runtime.dtype == "bfloat16" and any(part in BASE_PARTS for part in stage.train):
+                raise ValueError(
+                    f"{where}.train is {stage.train} with runtime.dtype bfloat16, in which small steps of the weights "
+                    f"are lost; set runtime.dtype: float32 and {where}.precision: bfloat16, or train lora"
+                )
+            if self.runtime.dtype == "bfloat16" and stage.precision == "float32":
+                raise ValueError(
+                    f"{where}.precision is float32 with weights of bfloat16; set runtime.dtype: float32, or remove it"
+                )
+        return self

@@ -1,9 +1,15 @@
 """Pico models and a byte tokenizer for every test: two layers, hidden 64, random weights that are not near zero."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach a network
+if "HF_DATASETS_CACHE" not in os.environ:  # tokenised text of the tests, shared by their processes
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="nha-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 os.environ.setdefault("NHA_TEST_LANE", "gpu" if "gpu" in sys.argv else "default")  # workers of xdist inherit it
 if os.environ["NHA_TEST_LANE"] != "gpu":  # all but `-m gpu` runs Triton's kernels in its interpreter, on CPU tensors
     os.environ["TRITON_INTERPRET"] = "1"  # set before anything imports triton

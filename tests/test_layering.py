@@ -19,6 +19,8 @@ BASE = {
     "nha_convert.errors",
     "nha_convert.families",
     "nha_convert.settings",
+    "nha_convert.settings_types",
+    "nha_convert.stage_settings",
     "nha_convert.recipe_errors",
     "nha_convert.recipe",
     "nha_convert.model_files",
@@ -29,6 +31,7 @@ BASE = {
     "nha_convert.plan",
     "nha_convert.corpus",
     "nha_convert.recall_documents",
+    "nha_convert.text_sources",
     "nha_convert.evaluate.table",
 }
 """Importable by every layer above modeling; imports only itself and, at module level, no torch."""
@@ -51,6 +54,8 @@ LAYERS = {
     "nha_convert.publish": WORK,
     "nha_convert.publish.export_request": COMMANDS,
     "nha_convert.report": WORK,
+    "nha_convert.memory_tracker": MODELS,
+    "nha_convert.plan_memory": WORK,
     "nha_convert.report_plots": WORK,
     "nha_convert.generate": WORK,
     "nha_convert.inference_windows": MODELS,

@@ -14,6 +14,7 @@ from nha_convert.convert import nha_config
 from nha_convert.errors import InputError
 from nha_convert.modeling.attention_nha import nha_layers
 from nha_convert.plan import dimensions_of, make_plan, model_dimensions, render_plan
+from nha_convert.plan_memory import stage_cost
 from nha_convert.preflight import check_inputs, check_output, finished
 from nha_convert.recipe import NHASettings, Recipe, dump_recipe, parse_recipe
 
@@ -30,22 +31,30 @@ evaluate: {sequence_length: 64}
     return parse_recipe(text, "r.yaml", list(overrides), defaults={"model": str(model)})
 
 
+def nothing(recipe: Recipe, index: int) -> dict[str, int]:
+    """In place of `stage_cost`, which runs a step of each stage."""
+    return dict.fromkeys(("trained_parameters", "trained_base_parameters"), 0)
+
+
 def test_parameters_are_the_models(pico: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(pico)
     assert model_dimensions(str(pico)).parameters == sum(tensor.numel() for tensor in model.parameters())
 
 
-def test_trained_parameters_are_the_students(pico: Path) -> None:
+@pytest.mark.parametrize("name", ["llama_tied_rope", "qwen3_moe"])
+def test_trained_parameters_are_the_students(name: str, pico_models: dict[str, Path]) -> None:
+    pico = pico_models[name]
     recipe = recipe_of(pico, "nha.full_attention_layers=[0]", "nha.slot_bias=false")
     with torch.device("meta"):
         student = AutoModelForCausalLM.from_config(nha_config(AutoConfig.from_pretrained(pico), recipe.nha))
     new = sum(tensor.numel() for _, layer in nha_layers(student) for tensor in layer.nha.parameters())
-    plan = make_plan(recipe)
+    plan = make_plan(recipe, stage_cost)
     assert plan["parameters"]["new"] == new == plan["stages"][0]["trained_parameters"]
     assert [row["new_parameters"] for row in plan["layers"]] == [0, new]
     adapted = get_peft_model(student, LoraConfig(r=4, target_modules=list(recipe.stages[1].lora.targets)))
     adapters = sum(tensor.numel() for name, tensor in adapted.named_parameters() if "lora_" in name)
     assert plan["stages"][1]["trained_parameters"] == new + adapters
+    assert plan["stages"][1]["frozen_parameters"] == plan["parameters"]["model"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -66,7 +75,7 @@ def test_cache_bytes_are_the_states(pico: Path, dtype: str) -> None:
 
 
 def test_plan_of_the_whole(pico_llama: Path) -> None:
-    plan = make_plan(recipe_of(pico_llama, "nha.window=[8, full]"))
+    plan = make_plan(recipe_of(pico_llama, "nha.window=[8, full]"), stage_cost)
     assert json.loads(json.dumps(plan)) == plan
     assert [(row["attention"], row["window"]) for row in plan["layers"]] == [("nha", 8), ("full", None)]
     assert [(row["stage"], row["steps"]) for row in plan["stages"]] == [("align", 8), ("distill", 16)]
@@ -83,9 +92,10 @@ def test_plan_of_the_whole(pico_llama: Path) -> None:
 
 
 def test_plan_warns_where_the_slots_would_see_nothing(pico_llama: Path) -> None:
-    notes = make_plan(recipe_of(pico_llama, "nha.window=64"))["notes"]
-    assert [note.startswith("stages.") for note in notes] == [True, True, False]
-    assert not any("see nothing" in note for note in make_plan(recipe_of(pico_llama))["notes"])
+    notes = make_plan(recipe_of(pico_llama, "nha.window=64"), nothing)["notes"]
+    assert sum("see nothing" in note for note in notes) == 2
+    assert sum("fewer than" in note and "new parameters" in note for note in notes) == 2
+    assert not any("see nothing" in note for note in make_plan(recipe_of(pico_llama), nothing)["notes"])
 
 
 def test_unusable_models(tmp_path: Path) -> None:

@@ -96,6 +96,44 @@ def test_windows() -> None:
         small("nha.full_attention_layers=[0, 2]").nha.windows(2)
 
 
+def test_the_batch_of_a_stage_in_tokens() -> None:
+    stage = small("stages.align.batch_tokens=64k", "stages.align.sequence_length=2048").stages[0]
+    assert (stage.batch_size, stage.steps) == (31, 7)  # 64,000 / 2,048 = 31.25; 400,000 / (31 * 2,048) = 6.3
+    again = parse_recipe(dump_recipe(small("stages.align.batch_tokens=64k")), "again.yaml")
+    assert again.stages[0].batch_size == 125
+    stage.batch_size = 7
+    assert stage.batch_size == 7
+
+
+def test_what_a_stage_trains() -> None:
+    assert small().stages[0].train == ["gates"] and small().stages[1].train == ["gates", "lora"]
+    assert small("stages.align.train=qkvo").stages[0].train == ["qkvo"]
+    assert small("stages.align.train=[lora, gates, lora]").stages[0].train == ["gates", "lora"]
+
+
+def test_when_a_teacher_of_its_own_is_needed() -> None:
+    def needed(*stages: str) -> list[bool]:
+        recipe = small(f"stages=[{', '.join(f'{{tokens: 1, {stage}}}' for stage in stages)}]")
+        return [recipe.needs_teacher(index) for index in range(len(recipe.stages))]
+
+    assert needed("kind: align", "kind: hidden", "kind: distill", "kind: finetune") == [False, False, True, False]
+    assert needed("kind: align, train: [gates, qkvo]", "kind: align") == [True, True]
+    assert needed("kind: finetune", "kind: distill, losses: [{function: ce}]") == [False, False]
+    assert needed("kind: distill, train: gates", "kind: distill, train: all") == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["stages.distill.train=all"], "set runtime.dtype: float32 and stages.1.precision: bfloat16"),
+        (["stages.align.precision=float32"], "stages.0.precision is float32 with weights of bfloat16"),
+    ],
+)
+def test_precisions_that_do_not_fit_the_weights(overrides: list[str], said: str) -> None:
+    assert said in "\n".join(complaint(SMALL, "runtime.dtype=bfloat16", *overrides))
+    small("runtime.dtype=float32", *overrides)
+
+
 # ---- overrides -----------------------------------------------------------------------------------
 def test_overrides() -> None:
     recipe = small(
@@ -123,7 +161,33 @@ def test_overrides() -> None:
         ("slots=3", "slots: unknown key, did you mean `nha.slots`?"),
         ("nah.window=3", "nah: unknown key, did you mean `nha`?"),
         ("stages.distill.lora.rnak=3", "did you mean `stages.1.lora.rank`?"),
-        ("stages.align.kl_weight=1", "stages.0.kl_weight: unknown key; allowed here: "),
+        ("stages.distill.kl_weight=1", "stages.1.kl_weight: unknown key; allowed here: "),
+        ("stages.align.losses=[]", "stages.0.losses: unknown key"),
+        ("stages.distill.losses=[]", "stages.1.losses: a list of at least 1 entries is needed"),
+        (
+            "stages.distill.losses=[{function: klx}]",
+            "did you mean `kl`?; allowed: kl, reverse_kl, ce, hidden, attention",
+        ),
+        ("stages.distill.losses=[{function: ce, wieght: 1}]", "did you mean `stages.1.losses.0.weight`?"),
+        ("stages.distill.losses=[{function: ce, weight: 0}]", "losses.0.weight: a number > 0 is needed"),
+        ("stages.distill.losses=[{function: ce, temperature: 2}]", "temperature is read by kl and reverse_kl alone"),
+        ("stages.distill.losses=[{function: ce}, {function: ce}]", "ce stands twice; keep one entry"),
+        ("stages.align.train=all", "alignment compares attention alone, found all; allowed: gates, lora, qkvo"),
+        ("stages.distill.train=[lora, all]", "keep one of lora, qkvo, no_mlp, all"),
+        ("stages.distill.train=loar", "found 'loar', did you mean `lora`?"),
+        ("stages.align.lora={rank: 3}", "lora is set, but train is ['gates']; add `lora` to train"),
+        ("stages.distill={kind: distill, tokens: 1, train: lora, gate_learning_rate: 1}", "add `gates` or remove"),
+        ("stages.align.decay=0.2", "decay is read by `schedule: wsd` alone, found schedule cosine"),
+        ("stages.align={kind: align, tokens: 1, schedule: wsd, warmup: 0.5, decay: 0.6}", "more than 1 together"),
+        ("stages.align.schedule=cosin", "did you mean `cosine`?; allowed: cosine, wsd, constant"),
+        ("stages.distill.batch_tokens=64k", "batch_size 3 and batch_tokens 64000 say the same thing; keep one"),
+        ("stages.align.batch_tokens=100", "batch_tokens is 100, fewer than one row of sequence_length = 512"),
+        (
+            "stages.align={kind: align, tokens: 1, windows: 8, random_windows: [8]}",
+            "windows say the same thing; keep one",
+        ),
+        ("stages.align.random_windows=[full]", "stages.0.random_windows.0: an integer is needed, found 'full'"),
+        ("stages.align.precision=half", "stages.0.precision: found 'half'; allowed: float32, bfloat16"),
         ("nha.slots=0", "nha.slots: a number >= 1 is needed, found 0"),
         ("nha.slots=true", "a number is needed, found true"),
         ("nha.window=-1", "nha.window: an integer >= 0, `full`, or a list"),
@@ -190,7 +254,7 @@ evalute: {}
         "my.yaml:6": "nha.tau: stands twice",
         "my.yaml:7": "found 'stdlb', did you mean `stdlib`?",
         "my.yaml:9": "stages.0.tokens: is missing",
-        "my.yaml:10": "stages.1: `kind` is missing; allowed: align, distill",
+        "my.yaml:10": "stages.1: `kind` is missing; allowed: align, hidden, distill, finetune",
         "my.yaml:11": "evalute: unknown key, did you mean `evaluate`?",
         "--set nha.sinkz=1": "nha.sinkz: unknown key, did you mean `nha.sinks`?",
     }.items():

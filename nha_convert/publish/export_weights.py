@@ -13,7 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ..convert import new_parameter_names
 from ..errors import WorkError
-from ..recipe import DistillStage, Recipe
+from ..recipe import Recipe
 from ..weights.shard_writer import NewTensor, write_shards
 from ..weights.tensor_files import same_bytes
 from ..weights.weight_files import StoredTensor, stored_tensors
@@ -87,10 +87,7 @@ def check_changes(changed: Iterable[str], recipe: Recipe | None) -> None:
         WorkError: something else does.
     """
     stages = recipe.stages if recipe is not None else []
-    trained = tuple(
-        f".{target}.weight" for stage in stages if isinstance(stage, DistillStage) for target in stage.lora.targets
-    )
-    wrong = [name for name in changed if not name.endswith(trained)]
+    wrong = [name for name in changed if not any(stage.may_change(name) for stage in stages)]
     if wrong:
         raise WorkError(
             f"{len(wrong)} base tensors differ from the teacher's, untrained by any stage ({', '.join(wrong[:3])}); "

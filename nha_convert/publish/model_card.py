@@ -81,9 +81,7 @@ def model_card(
     return "\n".join([*parts, *(f"## {name}\n\n{text}\n" for name, text in sections)])
 
 
-def _front_matter(
-    title: str, recipe: Recipe | None, evaluation: dict[str, Any] | None, base: BaseModel | None
-) -> str:
+def _front_matter(title: str, recipe: Recipe | None, evaluation: dict[str, Any] | None, base: BaseModel | None) -> str:
     """The metadata that the Hub reads; a key stands there only where its value is known."""
     languages = list(base.languages) if base is not None else []
     if recipe is not None and any(source.source == "stdlib" for source in recipe.data.sources):
@@ -191,8 +189,13 @@ def _data(recipe: Recipe) -> str:
 def _source(source: SourceSettings) -> str:
     if source.source in _SOURCES:
         return _SOURCES[source.source]
-    kind = "text" if source.source == "text" else f"dataset, split {source.split}, column {source.column}"
-    return f"`{source.path}` ({kind})"
+    if source.source == "text":
+        return f"`{source.path}` (text)"
+    columns = f"column {source.column}" if source.prompt is None else f"columns {source.prompt}, {source.response}"
+    kind = "conversations" if source.source == "chat" else "dataset"
+    config = f", config {source.config}" if source.config else ""
+    place = f"`{source.path}`" + "".join(f" `{file}`" for file in source.data_files or ())
+    return f"{place} ({kind}{config}, split {source.split}, {columns})"
 
 
 def _training(recipe: Recipe) -> str:

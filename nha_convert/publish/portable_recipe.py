@@ -9,8 +9,9 @@ from ..errors import InputError
 from ..model_files import local_folder
 from ..recipe import Recipe, dump_recipe
 from ..settings import SourceSettings
+from ..text_sources import FORMATS, is_url
 
-LOCAL_DATA = (".jsonl", ".json", ".parquet", ".txt")
+LOCAL_DATA = (*FORMATS, ".txt")
 
 
 def is_local_model(model: str) -> bool:
@@ -44,14 +45,20 @@ def portable_recipe(recipe: Recipe) -> tuple[Recipe, list[str]]:
         if source.path is not None and _is_local(source):
             source = source.model_copy(update={"path": last_part(source.path)})
             reduced.append(f"data.sources.{index}.path")
+        if source.data_files and source.path in FORMATS.values() and not all(map(is_url, source.data_files)):
+            files = [file if is_url(file) else last_part(file) for file in source.data_files]
+            source = source.model_copy(update={"data_files": files})
+            reduced.append(f"data.sources.{index}.data_files")
         sources.append(source)
-    update["data"] = recipe.data.model_copy(update={"sources": sources})
+    update["data"] = recipe.data.model_copy(update={"sources": sources, "cache": None})
     return recipe.model_copy(update=update), reduced
 
 
 def _is_local(source: SourceSettings) -> bool:
     """Whether a source is read from this machine; a dataset of the form `name` or `owner/name` may be the Hub's."""
     path = str(source.path)
+    if is_url(path):
+        return False
     if source.source == "text" or Path(path).suffix in LOCAL_DATA:
         return True
     return path.startswith((".", "/", "~")) or "\\" in path or path.count("/") > 1 or Path(path).exists()
@@ -59,9 +66,9 @@ def _is_local(source: SourceSettings) -> bool:
 
 def hub_datasets(recipe: Recipe) -> list[str]:
     """Hub ids of the recipe's data."""
-    return [
-        str(source.path) for source in recipe.data.sources if source.source == "dataset" and not _is_local(source)
-    ]
+    rows = [source for source in recipe.data.sources if source.source in ("dataset", "chat")]
+    elsewhere = [str(source.path) for source in rows if not _is_local(source)]
+    return [path for path in elsewhere if not is_url(path) and path not in FORMATS.values()]
 
 
 def portable_text(recipe: Recipe) -> str:

@@ -1,7 +1,8 @@
-"""What a stage keeps on disk: trained tensors only, complete or not at all.
+"""What a stage keeps on disk: trained tensors only, whole or not at all.
 
-A checkpoint is written beside, as `.checkpoint-N.partial`, gets its COMPLETE marker last and is then renamed.
-Whatever lacks the marker does not count.
+A checkpoint is written beside, as `.checkpoint-N.partial`, gets its COMPLETE marker last and is then renamed. The
+marker holds size and checksum of every file, so that a checkpoint which was torn later (a full disk, a lost cache)
+is seen; the one before it is kept for that case.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import WorkError
+from .engine import copy_whole
 
 COMPLETE = "COMPLETE"
 TRAINED = "trained.safetensors"
+KEPT = 2
+"""Checkpoints of a stage that stay on disk: the last, and the one to fall back on."""
 
 
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that learn, by name, on the CPU."""
+    """The parameters that learn, by name; shards where the model is sharded."""
     return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
 
 
@@ -38,7 +43,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def load_tensors(model: nn.Module, path: Path) -> None:
-    """Copies a file's tensors into the parameters of the same names.
+    """Copies a file's tensors into the parameters of the same names, whole or sharded.
 
     Raises:
         WorkError: the file is damaged, or has a tensor that the model lacks or holds in another shape.
@@ -46,28 +51,62 @@ def load_tensors(model: nn.Module, path: Path) -> None:
     parameters = dict(model.named_parameters())
     try:
         with safe_open(path, "pt") as file, torch.no_grad():
-            names = list(file.keys())
-            for name in names:
+            for name in file.keys():  # noqa: SIM118  (not a mapping)
                 tensor = file.get_tensor(name)
                 if name not in parameters or parameters[name].shape != tensor.shape:
                     found = list(parameters[name].shape) if name in parameters else "none"
                     raise WorkError(f"{path}: {name} has shape {list(tensor.shape)}, the model's has {found}")
-                parameters[name].copy_(tensor)
+                copy_whole(parameters[name], tensor)
     except SafetensorError as error:
         raise WorkError(f"{path}: damaged ({error}); remove {path.parent} and run the stage again") from error
 
 
-def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The furthest complete checkpoint of a stage's folder, and what its marker says."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and (path / COMPLETE).is_file():
-            found.append((int(match[1]), path))
-    if not found:
-        return None
-    path = max(found)[1]
-    return path, json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+def _checksum(path: Path) -> list[int]:
+    """Size and CRC-32 of a file."""
+    size = crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
+
+
+def _damage(path: Path) -> tuple[dict[str, Any], str]:
+    """A checkpoint's marker, and what is wrong with its files; empty where nothing is."""
+    if not (path / COMPLETE).is_file():
+        return {}, f"no {COMPLETE} marker"
+    try:
+        marker = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+        files = marker["files"]
+    except (ValueError, KeyError, TypeError):
+        return {}, f"{COMPLETE} is damaged"
+    for name, (size, crc) in files.items():
+        if not (path / name).is_file():
+            return marker, f"{name} is missing"
+        if (path / name).stat().st_size != size:
+            return marker, f"{name} has {(path / name).stat().st_size} bytes, {size} were written"
+        if _checksum(path / name) != [size, crc]:
+            return marker, f"{name} has other content than was written"
+    return marker, ""
+
+
+def latest_checkpoint(folder: Path) -> tuple[tuple[Path, dict[str, Any]] | None, list[str]]:
+    """The furthest whole checkpoint of a stage's folder.
+
+    Returns:
+        Its folder and what its marker says, or None; and a line for every torn one that stands after it.
+    """
+    places = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _named(path))]
+    torn: list[str] = []
+    for _, path in sorted(places, reverse=True):
+        marker, damage = _damage(path)
+        if not damage:
+            return (path, marker), torn
+        torn.append(f"{path}: torn ({damage}), left out")
+    return None, torn
+
+
+def _named(path: Path) -> re.Match[str] | None:
+    return re.fullmatch(r"checkpoint-(\d+)", path.name)
 
 
 def begin_checkpoint(folder: Path, step: int) -> Path:
@@ -79,18 +118,35 @@ def begin_checkpoint(folder: Path, step: int) -> Path:
 
 
 def finish_checkpoint(partial: Path, marker: dict[str, Any]) -> Path:
-    """Marks the files complete, gives the folder its name and removes the checkpoints before it."""
-    (partial / COMPLETE).write_text(json.dumps(marker) + "\n", encoding="utf-8")
+    """Marks the files whole, gives the folder its name and removes all checkpoints but it and the one before."""
+    files = sorted(path for path in partial.iterdir() if path.is_file())
+    for path in files:
+        _to_disk(path)
+    sums = {path.name: _checksum(path) for path in files}
+    (partial / COMPLETE).write_text(json.dumps({**marker, "files": sums}) + "\n", encoding="utf-8")
+    _to_disk(partial / COMPLETE)
     final = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
-    remove_checkpoints(partial.parent, keep=final)
+    there = sorted((path for path in partial.parent.glob("checkpoint-*") if _named(path)), key=_step)
+    before = [path for path in there if _step(path) < _step(final) and (path / COMPLETE).is_file()]
+    remove_checkpoints(partial.parent, keep=[*before[1 - KEPT :], final])
     return final
 
 
-def remove_checkpoints(folder: Path, keep: Path | None = None) -> None:
-    """Removes checkpoints, whole or partial, except one."""
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file's content has left the system's cache."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def remove_checkpoints(folder: Path, keep: list[Path] | None = None) -> None:
+    """Removes checkpoints, whole or partial, except some."""
     for path in [*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*.partial")]:
-        if path != keep:
+        if path not in (keep or []):
             (path / COMPLETE).unlink(missing_ok=True)  # first, so that a half-removed folder does not count
             shutil.rmtree(path, ignore_errors=True)

@@ -74,12 +74,13 @@ class StageJob:
     def identity(self) -> str:
         """A digest of every setting that the trained weights depend on."""
         stages = [stage.model_dump(mode="json", exclude={"name", "save_steps"}) for stage in self.recipe.stages]
+        data = self.recipe.data.model_dump(mode="json", exclude={"workers", "cache"})
         parts = [
             self.recipe.model,
             self.recipe.seed,
             self.recipe.runtime.dtype,
             self.recipe.nha.model_dump(mode="json"),
-            [source.model_dump(mode="json") for source in self.recipe.data.sources],
+            data,
             stages,
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,24 +1,31 @@
-"""Runs one stage of a recipe: fresh, resumed, or read back when it is done."""
+"""Runs one stage of a recipe: fresh, resumed, or read back when it is done; by one process or by many together."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..data import training_dataset
+from ..devices import world_of
 from ..errors import InputError, WorkError
 from ..files import write_json
-from ..modeling.attention_nha import nha_layers
 from ..recipe import Recipe
-from .align import AlignTrainer
 from .checkpoints import latest_checkpoint, load_tensors, remove_checkpoints, trained_tensors, write_tensors
-from .distill import DistillTrainer
+from .engine import Engine, whole
+from .faults import naming_a_full_disk, naming_lost_ranks, naming_too_little_memory
 from .job import StageJob
+from .objective import Objective
+from .objectives import make_objective
 from .trainer import NHATrainer
+from .wrapping import prepared
 
 
 def run_stage(
@@ -30,53 +37,65 @@ def run_stage(
     *,
     resume: bool = False,
     quiet: bool = False,
+    teacher: Callable[[], nn.Module] | None = None,
+    engine: Engine | None = None,
+    device: torch.device | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Trains `recipe.stages[index]` in place, or loads its result where it is done.
 
-    Writes stages/NN-name/{checkpoint-N, trained.safetensors, done.json} and rows of metrics.jsonl in the run folder.
+    Writes stages/NN-name/{checkpoint-N, trained.safetensors, done.json} and rows of metrics.jsonl in the run folder,
+    which all processes see.
 
     Args:
-        model: the student as the stage before left it, on the device it is to be trained on.
+        model: the student as the stage before left it, on the device it is to be trained on (under FSDP2 on the CPU).
         run_dir: the run folder.
-        resume: go on from the last complete checkpoint; else what an unfinished stage left is removed.
-        quiet: no progress bars.
+        resume: go on from the last whole checkpoint; else what an unfinished stage left is removed.
+        quiet: no progress line.
+        teacher: gives the base model, on the student's device; called where `Recipe.needs_teacher` says so.
+        engine: the processes that train together; one if not given.
+        device: where this process computes; the model's if not given.
     Returns:
         The model (adapters merged, in eval mode) and the content of done.json.
     Raises:
         InputError: the stage cannot train this model, or the folder holds work of other settings.
-        WorkError: SIGTERM, a loss that is not finite, or no memory; checkpoints are kept.
+        WorkError: SIGTERM, a loss that is not finite, no memory, no space or a lost rank; checkpoints are kept.
     """
+    engine = engine or Engine()
     job = StageJob(recipe, index, Path(run_dir), quiet)
-    if job.done.exists():
-        done = json.loads(job.done.read_text(encoding="utf-8"))
-        job.check_identity(done["identity"], job.done)
-        load_tensors(model, job.trained)
-        return model.eval(), done
-    _check(model, recipe, index)
-    checkpoint = _starting_point(job, resume)
-    dataset = training_dataset(recipe, index, tokenizer, quiet=quiet)
-    use_cache = model.config.use_cache
-    trainer = (AlignTrainer if job.settings.kind == "align" else DistillTrainer)(model, job, dataset)
-    try:
-        _train(trainer, checkpoint)
-        tensors = trainer.merge() if isinstance(trainer, DistillTrainer) else trained_tensors(model)
-    finally:
-        model.config.use_cache = use_cache
-    write_tensors(job.trained, tensors)
-    done = _summary(trainer, tensors)
-    write_json(job.done, done)
-    remove_checkpoints(job.folder)
-    return model.requires_grad_(False).eval(), done
+    with naming_lost_ranks(engine, job), naming_a_full_disk(job, "the stage's files"):
+        if engine.from_main(job.done.exists()):
+            done = json.loads(job.done.read_text(encoding="utf-8"))
+            job.check_identity(done["identity"], job.done)
+            load_tensors(model, job.trained)
+            return model.eval(), done
+        device = device or next(model.parameters()).device
+        _check(device, index)
+        frozen_teacher = teacher() if teacher is not None and recipe.needs_teacher(index) else None
+        use_cache, learned = model.config.use_cache, [tensor.requires_grad for tensor in model.parameters()]
+        try:
+            objective = make_objective(model, job.settings, seed=job.seed, teacher=frozen_teacher)
+        except InputError:
+            for tensor, before in zip(model.parameters(), learned):
+                tensor.requires_grad_(before)
+            raise
+        checkpoint = engine.from_main(_starting_point(job, resume) if engine.main else None)
+        with engine.main_first(f"{job.name}/data"):
+            dataset = training_dataset(recipe, index, tokenizer, quiet=quiet or not engine.main)
+        try:
+            trainer, tensors = _train(objective, job, dataset, device, engine, checkpoint)
+        finally:
+            model.config.use_cache = use_cache
+        done = _summary(trainer, tensors)
+        if engine.main:
+            write_tensors(job.trained, tensors)
+            write_json(job.done, done)
+            remove_checkpoints(job.folder)
+        return model.requires_grad_(False).eval(), engine.from_main(done)
 
 
-def _check(model: Any, recipe: Recipe, index: int) -> None:
-    kind = recipe.stages[index].kind
-    if kind == "align" and not nha_layers(model):
-        raise InputError(
-            f"stages.{index} (align): nothing to train, every layer keeps full attention; set nha.window to a number"
-        )
-    device = next(model.parameters()).device
-    if device.type == "cuda" and device.index:
+def _check(device: torch.device, index: int) -> None:
+    _, _, local = world_of(os.environ)
+    if device.type == "cuda" and (device.index or 0) != local:
         raise InputError(
             f"runtime.device: training uses the first visible GPU, found {device}; "
             f"use CUDA_VISIBLE_DEVICES={device.index} and --set runtime.device=cuda"
@@ -85,29 +104,42 @@ def _check(model: Any, recipe: Recipe, index: int) -> None:
 
 def _starting_point(job: StageJob, resume: bool) -> Path | None:
     """The checkpoint to go on from, with the metrics of later steps removed; None starts afresh."""
-    found = latest_checkpoint(job.folder) if resume else None
+    found, torn = latest_checkpoint(job.folder) if resume else (None, [])
+    for line in torn:
+        print(f"warning: {line}", file=sys.stderr)
     if found is not None:
         job.check_identity(found[1]["identity"], found[0])
     path = None if found is None else found[0]
     job.folder.mkdir(parents=True, exist_ok=True)
-    remove_checkpoints(job.folder, keep=path)
+    remove_checkpoints(job.folder, keep=[] if path is None else [path])
     job.metrics().cut(0 if found is None else found[1]["step"])
     return path
 
 
-def _train(trainer: NHATrainer, checkpoint: Path | None) -> None:
+def _train(
+    objective: Objective, job: StageJob, dataset: Any, device: torch.device, engine: Engine, checkpoint: Path | None
+) -> tuple[NHATrainer, dict[str, torch.Tensor]]:
+    """Trains to the end; the trainer, and the tensors that the stage changed under the plain model's names."""
+    training = engine.sharded(objective, device) if engine.kind == "fsdp2" else objective
+    with prepared(training.model, job.recipe.runtime):
+        trainer = NHATrainer(training, job, dataset, device, engine)
+        _train_steps(trainer, checkpoint)
+    if training is not objective:
+        parameters = dict(objective.model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in trained_tensors(training.model).items():
+                parameters[name].copy_(whole(tensor))
+    return trainer, objective.finish()
+
+
+def _train_steps(trainer: NHATrainer, checkpoint: Path | None) -> None:
     job = trainer.job
     try:
-        with job.stopping_on_sigterm():
+        with job.stopping_on_sigterm(), naming_too_little_memory(job):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except torch.OutOfMemoryError as error:
-        raise WorkError(
-            f"stage {job.name}: the device's memory does not hold a batch of {job.settings.batch_size} x "
-            f"{job.settings.sequence_length} tokens ({str(error).splitlines()[0]}); lower stages.{job.index}.batch_size"
-        ) from error
     finally:
         trainer.stage_callback.close()
-    if job.stop.is_set():
+    if trainer.stopping:
         raise WorkError(
             f"stage {job.name}: stopped by SIGTERM at step {trainer.state.global_step} of {trainer.state.max_steps}, "
             f"which is saved; {job.how_to_resume}"
@@ -123,7 +155,7 @@ def _summary(trainer: NHATrainer, tensors: dict[str, torch.Tensor]) -> dict[str,
         "identity": job.identity(),
         "steps": trainer.state.global_step,
         "tokens": trainer.state.global_step * settings.batch_size * settings.sequence_length,
-        "trained_parameters": sum(tensor.numel() for group in trainer.groups for tensor in group["params"]),
+        "trained_parameters": sum(tensor.numel() for tensor in trainer.learned),
         "saved_tensors": len(tensors),
         "first": trainer.meter.first,
         "last": trainer.meter.last,

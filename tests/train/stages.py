@@ -44,15 +44,31 @@ def make_recipe(text: Path, **changes: Any) -> Recipe:
     return Recipe.model_validate(settings | changes)
 
 
+def base_model(teacher: Path, recipe: Recipe) -> Any:
+    """The teacher as an NHA model whose layers all run the base attention."""
+    model = load_student(teacher, recipe.nha, dtype=getattr(torch, recipe.runtime.dtype), seed=recipe.seed)
+    model.set_windows("full")
+    return model.eval()
+
+
 def train(teacher: Path, run_dir: Path, recipe: Recipe, *, resume: bool = False) -> tuple[Any, list[dict[str, Any]]]:
     """All stages of a recipe; the model and each stage's done.json."""
     torch.set_num_threads(1)
     run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    model = load_student(teacher, recipe.nha, dtype=torch.float32, seed=recipe.seed)
+    model = load_student(teacher, recipe.nha, dtype=getattr(torch, recipe.runtime.dtype), seed=recipe.seed)
     summaries = []
     for index in range(len(recipe.stages)):
-        model, summary = run_stage(model, tokenizer, recipe, index, run_dir, resume=resume, quiet=True)
+        model, summary = run_stage(
+            model,
+            tokenizer,
+            recipe,
+            index,
+            run_dir,
+            resume=resume,
+            quiet=True,
+            teacher=lambda: base_model(teacher, recipe),
+        )
         summaries.append(summary)
     return model, summaries
 
@@ -75,7 +91,7 @@ def killed_at(place: str) -> Any:
 
         return mock.patch.object(stage, "write_json", write)
     real_step, real_finish = trainer.NHATrainer.training_step, checkpoints.finish_checkpoint
-    real_optimizer = trainer.NHATrainer._save_optimizer_and_scheduler
+    real_write = checkpoints.write_tensors
 
     def here(self: Any) -> bool:
         return self.job.index == index and self.state.global_step == step
@@ -84,11 +100,11 @@ def killed_at(place: str) -> Any:
         result = real_step(self, *args, **kwargs)
         return _die() if here(self) else result
 
-    def save_optimizer(self: Any, folder: str) -> None:
-        if here(self):
-            (Path(folder) / "optimizer.pt").write_bytes(b"half of it")
+    def write_tensors(path: Path, tensors: Any) -> None:
+        real_write(path, tensors)
+        if path.parent.name == f".checkpoint-{step}.partial" and path.parents[1].name.startswith(f"{index + 1:02d}-"):
+            (path.parent / "optimizer.pt").write_bytes(b"half of it")
             _die()
-        real_optimizer(self, folder)
 
     def finish(partial: Path, marker: dict[str, Any]) -> Any:
         stands = partial.parent.name.startswith(f"{index + 1:02d}-")
@@ -97,7 +113,7 @@ def killed_at(place: str) -> Any:
     if what == "step":
         return mock.patch.object(trainer.NHATrainer, "training_step", training_step)
     if what == "optimizer":
-        return mock.patch.object(trainer.NHATrainer, "_save_optimizer_and_scheduler", save_optimizer)
+        return mock.patch.object(trainer, "write_tensors", write_tensors)
     if what == "marker":
         return mock.patch.object(trainer, "finish_checkpoint", finish)
     raise ValueError(f"no such place: {place}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import torch
 from stages import make_recipe, train
 
 from nha_convert.errors import InputError, WorkError
-from nha_convert.train import trainer
+from nha_convert.train import checkpoints, trainer
 
 PLACES = ("optimizer:0:4", "step:0:6", "done:0", "step:1:5", "marker:1:8")
+TIMES = ("seconds", "tokens_per_second")
 
 
 def same(tensors: dict[str, torch.Tensor], model: Any) -> None:
@@ -25,9 +27,9 @@ def same(tensors: dict[str, torch.Tensor], model: Any) -> None:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without the only column that may differ between two runs."""
+    """metrics.jsonl without what may differ between two runs."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
 
 
 def test_killed_in_every_place(pico_llama: Path, text: Path, uninterrupted: dict[str, Any], tmp_path: Path) -> None:
@@ -77,7 +79,7 @@ def test_sigterm_saves_and_raises(
         with pytest.raises(WorkError, match=rf"{name}: stopped by SIGTERM at step 5 of {steps}.*--resume"):
             train(pico_llama, tmp_path, make_recipe(text))
     assert signal.getsignal(signal.SIGTERM) is before
-    assert sorted(path.name for path in (tmp_path / "stages" / name).iterdir()) == ["checkpoint-5"]
+    assert sorted(path.name for path in (tmp_path / "stages" / name).iterdir()) == ["checkpoint-4", "checkpoint-5"]
     model, _ = train(pico_llama, tmp_path, make_recipe(text), resume=True)
     same(uninterrupted["tensors"], model)
     assert rows(tmp_path) == rows(uninterrupted["folder"])
@@ -100,18 +102,61 @@ def test_work_of_other_settings_is_refused(pico_llama: Path, text: Path, uninter
         train(pico_llama, uninterrupted["folder"], make_recipe(text, seed=4), resume=True)
 
 
-def test_a_checkpoint_without_marker_does_not_count(
-    pico_llama: Path, text: Path, uninterrupted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+DAMAGES: dict[str, Any] = {
+    "no COMPLETE marker": lambda folder: (folder / "COMPLETE").unlink(),
+    "COMPLETE is damaged": lambda folder: (folder / "COMPLETE").write_text('{"step": 5, "fil'),
+    "optimizer.pt is missing": lambda folder: (folder / "optimizer.pt").unlink(),
+    "trained.safetensors has 100 bytes": lambda folder: os.truncate(folder / "trained.safetensors", 100),
+    "optimizer.pt has other content": lambda folder: flip(folder / "optimizer.pt"),
+}
+
+
+def flip(path: Path) -> None:
+    """Turns one bit over."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def stopped(pico_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with checkpoints of steps 4 and 5 of the first stage."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(WorkError):
+        stop_at(patch, 0, 5)
+        train(pico_llama, folder, make_recipe(text))
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_torn_checkpoint_is_named_and_the_one_before_it_taken(
+    pico_llama: Path,
+    text: Path,
+    uninterrupted: dict[str, Any],
+    stopped: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: str,
 ) -> None:
-    with monkeypatch.context() as patch:
-        stop_at(patch, 0, 4)
-        with pytest.raises(WorkError):
-            train(pico_llama, tmp_path, make_recipe(text))
-    (tmp_path / "stages/01-align/checkpoint-4/COMPLETE").unlink()
-    (tmp_path / "stages/01-align/checkpoint-4/trained.safetensors").write_bytes(b"")
-    model, _ = train(pico_llama, tmp_path, make_recipe(text), resume=True)
+    run_dir = shutil.copytree(stopped, tmp_path / "run")
+    DAMAGES[damage](run_dir / "stages/01-align/checkpoint-5")
+    found, torn = checkpoints.latest_checkpoint(run_dir / "stages/01-align")
+    assert found is not None and found[0].name == "checkpoint-4" and found[1]["step"] == 4
+    assert len(torn) == 1 and f"checkpoint-5: torn ({damage}" in torn[0]
+    capsys.readouterr()
+    model, _ = train(pico_llama, run_dir, make_recipe(text), resume=True)
+    said = [line for line in capsys.readouterr().err.splitlines() if "torn" in line]
+    assert said == [f"warning: {torn[0]}"]
     same(uninterrupted["tensors"], model)
-    assert rows(tmp_path) == rows(uninterrupted["folder"])
+    assert rows(run_dir) == rows(uninterrupted["folder"])
+
+
+def test_every_item_is_seen_once(uninterrupted: dict[str, Any]) -> None:
+    for stage, steps in (("01-align", 9), ("02-distill", 8)):
+        seen = [row["items"] for row in rows(uninterrupted["folder"]) if row["stage"] == stage]
+        assert [item for row in seen for first, last in row for item in range(first, last + 1)] == list(
+            range(2 * steps)
+        )
 
 
 def test_checkpoints_hold_only_what_learns(pico_llama: Path, text: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -130,7 +175,7 @@ def test_checkpoints_hold_only_what_learns(pico_llama: Path, text: Path, tmp_pat
             "COMPLETE",
             "meter.json",
             "optimizer.pt",
-            "rng_state.pth",
+            "random.pt",
             "scheduler.pt",
             "trained.safetensors",
             "trainer_state.json",

@@ -1,4 +1,4 @@
-"""Training windows: deterministic, apart from held-out text, made of the sources in their shares."""
+"""Training windows and held-out text: deterministic, apart, made of the sources in their shares."""
 
 import json
 import random
@@ -7,59 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from made_text import as_text, make_recipe, word_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from nha_convert import data
-from nha_convert.data import held_out_tokens, recall_filler, texts, token_stream, training_dataset
+from nha_convert.data import held_out_tokens, recall_filler, texts, token_stream, tokens, training_dataset
 from nha_convert.errors import InputError
 from nha_convert.recall_documents import RecallGenerator
-from nha_convert.recipe import Recipe, SourceSettings
-
-WORDS = sorted({"".join(random.Random(i).choices("abcdefgh", k=3)) for i in range(90)})
-
-
-def word_tokenizer(bos: str | None) -> PreTrainedTokenizerFast:
-    """Bytes, and each of `WORDS` with its leading space as one token."""
-    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    merges = []
-    for word in WORDS:
-        piece = "Ġ"
-        for letter in word:
-            if piece + letter not in vocabulary:
-                vocabulary[piece + letter] = len(vocabulary)
-                merges.append((piece, letter))
-            piece += letter
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos)
-
-
-def make_recipe(sources: list[dict[str, Any]], **data_settings: Any) -> Recipe:
-    stage = {"kind": "align", "tokens": 64 * 96, "sequence_length": 96, "batch_size": 4}
-    return Recipe.model_validate(
-        {
-            "model": "pico",
-            "output": "unused",
-            "data": {"sources": sources, **data_settings},
-            "stages": [stage, stage],
-            "evaluate": {"sequence_length": 64},
-        }
-    )
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Three text files of numbered lines: nothing stands in them twice."""
-    for name in range(3):
-        lines = [f"file {name} line {line}" for line in range(400)]
-        (tmp_path / f"{name}.txt").write_text("\n".join(lines) + "\n")
-    return tmp_path
-
-
-def as_text(tokenizer: PreTrainedTokenizerFast, ids: torch.Tensor) -> str:
-    return tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+from nha_convert.recipe import SourceSettings
 
 
 @pytest.mark.parametrize("bos", ["<s>", None])
@@ -72,6 +27,7 @@ def test_windows_are_consecutive_text_behind_bos(folder: Path, bos: str | None) 
         assert item["input_ids"].dtype == torch.long and item["input_ids"].shape == (96,)
         assert torch.equal(item["input_ids"], item["labels"])
         assert (item["input_ids"][0].item() == tokenizer.bos_token_id) == (bos is not None)
+        assert torch.equal(item["position_ids"], torch.arange(96))
         assert as_text(tokenizer, item["input_ids"]) in everything
     assert len({tuple(dataset[index]["input_ids"].tolist()) for index in range(64)}) > 50
 
@@ -168,7 +124,7 @@ def test_a_source_is_tokenised_once_and_only_up_to_its_limit(folder: Path, monke
     source = SourceSettings(source="text", path=str(folder))
     short = token_stream(source, tokenizer, "train", limit=10)
     assert len(short) >= 10
-    monkeypatch.setattr(data, "texts", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(tokens, "texts", lambda *_: pytest.fail("read again"))
     assert token_stream(source, tokenizer, "train", limit=10) is short
 
 

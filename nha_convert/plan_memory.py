@@ -1,0 +1,123 @@
+"""What training stages take: a step of each is run on PyTorch's fake mode, its live bytes and parameters counted.
+
+No weights are read and nothing is allocated. A model of a few layers stands for the whole: all is linear in the number
+of layers of each kind.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from .convert import nha_config
+from .memory_tracker import counting
+from .model_files import read_config
+from .modeling.attention_nha import nha_layers
+from .recipe import Recipe
+from .settings import NHASettings
+from .train.objectives import make_objective
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
+COUNTS = ("trained_parameters", "trained_base_parameters")
+FEW = 2
+"""NHA layers of the smallest model that is run."""
+
+
+def stage_cost(recipe: Recipe, index: int) -> dict[str, int]:
+    """Parameters that a stage trains, and bytes at the peak of one optimizer step of one process that holds all of it.
+
+    Args:
+        recipe: its model's config.json is read.
+        index: of the stage.
+    Returns:
+        `COUNTS` and `PARTS` by name. The parts add up to the peak; gradients are those of all that is trained, where
+        there is room for them in the peak, and what else is alive are activations.
+    """
+    config = model_config(recipe.model)
+    windows = recipe.nha.windows(config.num_hidden_layers)
+    exact = [window for window in windows if window is not None]
+    full = len(windows) - len(exact)
+    if not exact:
+        return dict.fromkeys((*COUNTS, *PARTS), 0)
+    few = _measure(recipe, index, config, [max(exact)] * FEW)
+    more = _measure(recipe, index, config, [max(exact)] * (FEW + 1))
+    parts = {name: few[name] + (more[name] - few[name]) * (len(exact) - FEW) for name in few}
+    if full:
+        beside = _measure(recipe, index, config, [max(exact)] * FEW + ["full"])
+        parts = {name: parts[name] + (beside[name] - few[name]) * full for name in few}
+    return {name: max(0, value) for name, value in parts.items()}
+
+
+def model_config(model: str) -> PretrainedConfig:
+    """A model's configuration, from config.json alone."""
+    fields = read_config(model)
+    return AutoConfig.for_model(**fields)
+
+
+def _measure(recipe: Recipe, index: int, config: PretrainedConfig, windows: list[int | str]) -> dict[str, int]:
+    """`stage_cost` of a model with as many layers as `windows` has entries."""
+    stage = recipe.stages[index].model_copy(update={"windows": None})
+    nha = recipe.nha.model_copy(update={"window": windows, "full_attention_layers": []})
+    small = nha_config(_with_layers(config, len(windows)), NHASettings(**nha.model_dump()))
+    dtype = getattr(torch, recipe.runtime.dtype)
+    joined = bool(getattr(config, "num_experts", 0)) and dtype == torch.float32
+    if joined:  # products of experts have no fake form in fp32: half as wide, and counted twice
+        dtype = torch.bfloat16
+    with counting(config.vocab_size) as live:
+        model = AutoModelForCausalLM.from_config(small, dtype=dtype)
+        teacher = copy.deepcopy(model) if recipe.needs_teacher(index) else None
+        with mock.patch.object(nn.Module, "_apply", _left_alone):
+            objective = make_objective(model, stage, seed=0, teacher=teacher)
+        groups = objective.groups()
+        weights = live.now
+        optimizer = torch.optim.AdamW([{key: group[key] for key in ("params", "lr")} for group in groups])
+        rows = min(stage.batch_size, recipe.runtime.micro_batch or stage.batch_size)
+        ids = torch.zeros(rows, stage.sequence_length, dtype=torch.long)
+        batch = {"input_ids": ids, "labels": ids}
+        for _ in range(2):  # the second step has the optimizer's state
+            live.restart()
+            loss, _measured = objective(batch, objective.count(batch))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained = [tensor for group in groups for tensor in group["params"]]
+        held = sum(
+            value.numel() * value.element_size()
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        )
+        gradients = sum(tensor.numel() * tensor.element_size() for tensor in trained)
+        rest = live.peak - weights - held
+        gradients = min(gradients, rest - live.logits_at_peak)
+        own = {id(tensor) for _, layer in nha_layers(model) for tensor in layer.nha.parameters()}
+        base = [tensor for name, tensor in model.named_parameters() if id(tensor) not in own and "lora_" not in name]
+        wide = 2 if joined else 1
+        return {
+            "trained_parameters": sum(tensor.numel() for tensor in trained),
+            "trained_base_parameters": sum(tensor.numel() for tensor in base if tensor.requires_grad),
+            "weights": wide * weights,
+            "gradients": gradients,
+            "optimizer": held,
+            "activations": wide * (rest - gradients - live.logits_at_peak),
+            "logits": live.logits_at_peak,
+        }
+
+
+def _left_alone(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """For peft's `.to(...)` of adapters to where they are already, which fails on fake tensors."""
+    return module
+
+
+def _with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """The configuration of a model that has fewer layers; the first kinds of layer are kept."""
+    fields: dict[str, Any] = config.to_dict()
+    fields["num_hidden_layers"] = layers
+    if fields.get("layer_types"):
+        fields["layer_types"] = (fields["layer_types"] * layers)[:layers]
+    return type(config)(**{key: value for key, value in fields.items() if key != "model_type"})

@@ -1,0 +1,97 @@
+"""The types that settings are made of, and what they say where a value is not one. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are errors, values are checked again on assignment."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"a number is needed, found {str(value).lower()}")
+    return value
+
+
+def _tokens(value: Any) -> int:
+    """A token count: an int, or a number with k, M or B (1000s): `400k`, `1.5M`."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kKmMbBgG]?)\s*", value)
+        if match is None:
+            raise ValueError(f"a count such as 400000, 400k, 20M or 1B is needed, found {value!r}")
+        value = float(match[1].replace("_", "")) * _UNITS[match[2].lower()]
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or value != int(value)
+        or value < 1
+    ):
+        raise ValueError(f"a count of at least 1 such as 400000, 400k or 20M is needed, found {value!r}")
+    return int(value)
+
+
+def _one_window(value: Any) -> int | str:
+    if value == "full":
+        return "full"
+    if isinstance(value, str) and value.strip().isdigit():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(
+            f"an integer >= 0, `full`, or a list of these with one entry per layer is needed, found {value!r}; "
+            "0 keeps no exact tokens, 64 is the default"
+        )
+    return value
+
+
+def _window(value: Any) -> int | str | list[int | str]:
+    if isinstance(value, list):
+        if not value:
+            raise ValueError("a list of windows needs one entry per layer, found an empty list")
+        return [_one_window(item) for item in value]
+    return _one_window(value)
+
+
+def _full_layers(value: Any) -> list[int] | str:
+    if isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
+        return sorted(set(value))
+    if isinstance(value, str) and re.fullmatch(r"every:[1-9][0-9]*", value):
+        return value
+    if isinstance(value, str) and value.startswith("auto:"):
+        raise ValueError(
+            f"`auto:N` (choosing the layers by measurement) is not in this version, found {value!r}; "
+            "name the layers, such as [3, 7], or use `every:4`"
+        )
+    raise ValueError(f"a list of layer numbers (from 0) or `every:N` is needed, found {value!r}")
+
+
+def device_name(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", value):
+        return value
+    raise ValueError(f"one of auto, cpu, mps, cuda or cuda:N is needed, found {value!r}")
+
+
+def size_text(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?[KMGT]B", value):
+        return value
+    raise ValueError(f"a size such as 500MB or 5GB is needed, found {value!r}")
+
+
+Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
+CountFromZero = Annotated[int, BeforeValidator(_number), Field(ge=0)]
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1, allow_inf_nan=False)]
+Tokens = Annotated[int, BeforeValidator(_tokens)]
+Window = Annotated[int | str | list[int | str], BeforeValidator(_window)]
+FullLayers = Annotated[list[int] | str, BeforeValidator(_full_layers)]
