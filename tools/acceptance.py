@@ -24,10 +24,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import tools.acceptance_data
 import tools.acceptance_kernels
 import tools.acceptance_models
 import tools.acceptance_serving
-import tools.acceptance_swap  # noqa: F401
+import tools.acceptance_swap
+import tools.acceptance_training  # noqa: F401
 from tools.acceptance_base import LINES, ROOT, line
 from tools.acceptance_base import clone as _clone
 from tools.acceptance_base import run as _run

@@ -14,7 +14,7 @@ ROUNDS = 7
 
 
 @line(
-    "loss memory",
+    "losses",
     "KL + CE at vocabulary 151,936, 4k tokens, fp32 on CPU: peak extra memory against whole logits; difference of loss",
     "<= 10 %; <= 1e-5",
 )
@@ -33,7 +33,7 @@ def loss_memory() -> dict[str, Any]:
     return {"measured": text, "met": share <= 0.1 and apart <= 1e-5, "values": {"whole": whole, "chunked": chunked}}
 
 
-@line("cutting", "sum over any cut of a packed, masked batch vs the whole, every stage and family", "<= 1e-5 relative")
+@line("cuts", "sum over any cut of a packed, masked batch vs the whole, every stage and family", "<= 1e-5 relative")
 def cutting() -> dict[str, Any]:
     done = run([sys.executable, "-m", "pytest", "-q", "tests/train/test_cutting.py"], ROOT)
     text = done.stdout.strip().splitlines()[-1].strip("= ").rsplit(" in ", 1)[0]
@@ -75,7 +75,7 @@ def _alignment_rates(every_layer: bool) -> dict[str, float]:
 
 
 @line(
-    "alignment speed",
+    "alignment",
     "alignment step (forward and backward) of the demo's model, T 512, batch 8, against a plain forward pass of the "
     "same module as its teacher, in turns on CPU; tokens/s, median of 7",
     ">= 0.45x",

@@ -97,3 +97,6 @@ def test_nothing_to_train_is_refused(pico_llama: Path) -> None:
         select(student(pico_llama, window="full"), settings("distill", train="gates"), seed=0)
     with pytest.raises(InputError, match="stages, first: windows: windows has 3 entries"):
         make(pico_llama, "finetune", name="first", windows=[1, 2, 3])
+    losses = [{"function": "attention"}]
+    with pytest.raises(InputError, match="attention compares NHA layers"):
+        make(pico_llama, "distill", windows="full", train="lora", losses=losses)

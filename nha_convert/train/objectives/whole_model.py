@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...errors import InputError
 from ...modeling.attention_nha import nha_layers
 from ...stage_settings import LossSettings
 from ..losses import Batch, row_errors, shifted_targets, token_errors, token_sums, weighted
@@ -30,6 +31,14 @@ class WholeModelObjective(Objective):
     nothing do not count.
     """
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if any(term.function == "attention" for term in self.terms()) and not self._layers():
+            raise InputError(
+                f"{self.settings.label}: losses: attention compares NHA layers, and in this stage all run full "
+                "attention; remove it, or set the stage's windows to a number"
+            )
+
     def terms(self) -> list[LossSettings]:
         """Functions, weights and temperatures."""
         raise NotImplementedError
@@ -43,7 +52,7 @@ class WholeModelObjective(Objective):
         inner: list[str] = [name for name in ("hidden", "attention") if name in functions]
         theirs: dict[str, Terms] = {name: {} for name in inner}
         mine: dict[str, Terms] = {name: {} for name in inner}
-        layers = [index for index, layer in nha_layers(self.model) if layer.nha_window is not None]
+        layers = self._layers()
         teacher = None
         if any(name != "ce" for name in functions):
             with self.teaching() as model, _keeping(model, layers, theirs):
@@ -59,6 +68,10 @@ class WholeModelObjective(Objective):
             values |= token_sums(head, student, teacher, targets, by_token)
         loss = weighted((term.weight, values[term.function]) for term in terms)
         return loss, {name: values[name].detach() for name in functions}
+
+    def _layers(self) -> list[int]:
+        """The layers that run NHA in this stage."""
+        return [index for index, layer in nha_layers(self.model) if layer.nha_window is not None]
 
 
 def _places(model: Any, layers: list[int], names: Any) -> Iterator[tuple[str, int, nn.Module]]:
