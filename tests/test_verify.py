@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PICO_MODELS
+from tests.conftest import PICO_MODELS
 from safetensors.torch import load_file, save_file
 
 from nha_convert.convert import load_student
