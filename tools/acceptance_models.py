@@ -38,7 +38,6 @@ def families() -> dict[str, Any]:
 
     from nha_convert.convert import load_student
     from nha_convert.settings import NHASettings
-
     from tests.modeling.test_families import IDS, in_two_pieces
 
     values: dict[str, dict[str, float]] = {}
