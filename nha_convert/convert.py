@@ -89,8 +89,8 @@ def load_student(model: Path, nha: NHASettings, *, dtype: torch.dtype | None = N
         if "conversion" not in str(error):
             raise
         raise InputError(
-            f"{folder}: the weights of its experts cannot be joined as config.json says; some are missing or of another "
-            f"model: fetch it again (`nha-convert swap {folder} OUT` names them)"
+            f"{folder}: the weights of its experts cannot be joined as config.json says; some are missing or of "
+            f"another model: fetch it again (`nha-convert swap {folder} OUT` names them)"
         ) from error
     finally:
         logging.set_verbosity(verbosity)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from .errors import InputError
 from .families import FAMILIES
+from .files import read_json_object
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -50,13 +50,7 @@ def read_config(model: str) -> dict[str, Any]:
     """
     folder = local_folder(model)
     path = folder / "config.json" if folder else _hub_config(model)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); fetch the model again") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: a JSON object is needed, found {type(config).__name__}")
-    return config
+    return read_json_object(path)
 
 
 def _hub_config(model: str) -> Path:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from .convert import load_base_config, nha_config
 from .errors import InputError, WorkError
+from .files import shown
 from .model_source import carried_files, carry_files, resolve_model
 from .remote_code import add_code
 from .settings import NHASettings
@@ -34,7 +35,6 @@ from .weights.weight_files import (
     compare_sizes,
     only_pickles,
     read_header,
-    shown,
 )
 from .work_folder import check_new_folder, terminable, work_folder
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PICO_MODELS
 from safetensors.torch import load_file, save_file
 
 from nha_convert.convert import load_student
@@ -18,6 +17,7 @@ from nha_convert.publish.export import export_model
 from nha_convert.publish.verify import PROBE, judge, verify_checkpoint
 from nha_convert.publish.verify_files import code_problems, compare_files, compare_teacher
 from nha_convert.settings import NHASettings
+from tests.conftest import PICO_MODELS
 
 SETTINGS = NHASettings(slots=8, window=16, sinks=2, full_attention_layers=[0])
 MANY = """

@@ -2,7 +2,7 @@
 
     python kernels/bench/compile_table.py                  the whole table into kernels/bench/results/compile.{json,md}
     python kernels/bench/compile_table.py --check          exit code 1 where a limit is broken
-    python kernels/bench/compile_table.py --targets sm_90 --cases 'd128-m64-bf16-*' --kernels attend --out /tmp/table
+    python kernels/bench/compile_table.py --targets sm_90 --cases 'd128-m64-bf16-*' --kernels attend --out attend
 
 The launches of real calls are recorded instead of run, so what is compiled is what a GPU would be given. Kernels that
 Triton's cache holds are not compiled again; their time is then unknown.
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from functools import partial
@@ -42,6 +42,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from bench.compile_rows import Row, broken, cells, page  # noqa: E402
 from bench.environment import commit  # noqa: E402
 from bench.report import write  # noqa: E402
 
@@ -53,7 +54,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # a block may have
 MATRIX = {"wgmma": r"wgmma\.mma_async", "mma.sync": r"\bmma\.sync", "tcgen05": r"tcgen05\.mma", "mfma": r"v_mfma"}
 FMA = r"\bfma\.rn|\bv_(?:pk_)?fma"  # what exact products of fp32 become where no matrix instruction takes them
 TYPES = {
@@ -64,7 +64,6 @@ TYPES = {
     torch.int64: "i64",
     torch.bool: "i1",
 }
-HEADS = "kernel|target|d|M|dtype|variant|warps|stages|tile|registers|spills|shared|matrix|seconds|broken"
 GROUPS, REPEAT, TIME, WINDOW, SINKS = 2, 4, 256, 64, 4
 SIZES = ((128, 64), (128, 32), (128, 128), (64, 64), (96, 64), (256, 64), (128, 256))
 VARIANTS = ("ragged", "initial", "segmented", "bare")
@@ -102,31 +101,6 @@ class Launch:
     signature: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, int]
-
-
-@dataclass
-class Row:
-    """What one kernel needs on one target; registers and spilled bytes of a thread, shared bytes of a block."""
-
-    of: str  # forward, backward, decode, decode split
-    kernel: str
-    target: str
-    head_dim: int
-    slots: int
-    dtype: str
-    variant: str
-    warps: int = 0
-    stages: int = 0
-    rows: int = 0  # BT
-    tile: str = ""
-    registers: int = 0
-    spills: int = 0
-    shared: int = 0
-    dots: int = 0  # matrix products in the source, as Triton's first stage has them
-    matrix: dict[str, int] = field(default_factory=dict)
-    seconds: float | None = None  # None: from the cache
-    error: str = ""
-    broken: list[str] = field(default_factory=list)
 
 
 def record(call: Callable[[], object]) -> list[Launch]:
@@ -292,30 +266,6 @@ def _amd(text: str) -> tuple[int, int]:
     return number("vgpr_count"), max(4 * number("vgpr_spill_count"), number("private_segment_fixed_size"))
 
 
-def spill_limit(row: Row) -> int | None:
-    """Bytes that this kernel may spill, None where nothing is asked for."""
-    if (row.head_dim, row.slots, row.dtype) != (128, 64, "bf16") or "decode" in row.of:
-        return None
-    if row.of == "backward":
-        return 160
-    return 16 if row.target.startswith("sm_8") else 0
-
-
-def broken(row: Row) -> list[str]:
-    """Limits that a row breaks."""
-    if row.error:
-        return ["does not compile"]
-    out = []
-    if row.dots and not row.matrix:  # an empty kernel compiles without complaint
-        out.append("no matrix instruction")
-    if row.shared > SHARED_KIB[row.target] * 1024:
-        out.append(f"shared memory over {SHARED_KIB[row.target]} KiB")
-    limit = spill_limit(row)
-    if limit is not None and row.spills > limit:
-        out.append(f"spills over {limit} bytes")
-    return out
-
-
 def table(cases: list[tuple[Case, list[str]]], kernels: str) -> Iterator[Row]:
     """Every kernel whose name matches, of every case on its targets."""
     for case, targets in cases:
@@ -323,38 +273,6 @@ def table(cases: list[tuple[Case, list[str]]], kernels: str) -> Iterator[Row]:
             for of, launch in launches(case, target):
                 if fnmatchcase(launch.kernel.__name__, kernels):
                     yield measure(launch, of, case, target)
-
-
-def cells(row: Row) -> list[str]:
-    """A row of the page."""
-    matrix = ", ".join(f"{n} {k}" for k, n in row.matrix.items()) or "-"
-    name = row.kernel if row.of in ("forward", "decode") else f"{row.kernel} ({row.of})"
-    size = [str(row.head_dim), str(row.slots), row.dtype, row.variant, str(row.warps), str(row.stages), row.tile]
-    used = [str(row.registers), str(row.spills), f"{row.shared / 1024:.0f}", matrix]
-    seconds = "cached" if row.seconds is None else f"{row.seconds:.1f}"
-    return [name, row.target, *size, *used, seconds, "; ".join([*row.broken, row.error]).strip("; ")]
-
-
-def page(results: dict[str, Any], rows: list[Row]) -> str:
-    """The table in Markdown."""
-    dirty = ", with changes" if results["commit"]["dirty"] else ""
-    failed = sum(bool(r.broken) for r in rows)
-    lines = [
-        "# Kernels compiled ahead of time",
-        "",
-        f"Triton {results['triton']}, torch {results['torch']}, commit {results['commit']['commit']}{dirty}, "
-        f"{results['date']}: `{results['command']}`. No GPU ran any of it.",
-        "",
-        "Registers and spilled bytes of a thread, shared KiB of a block, matrix instructions by kind (as they stand in "
-        "the code; `fma` in fp32, whose products are exact), seconds to compile (`cached`: Triton's cache had it). "
-        "Tile: BT rows, BN window keys, BM slots, BD dimensions. Variants: see `Case` in `compile_table.py`.",
-        "",
-        f"{len(rows)} kernels, {failed} break a limit.",
-        "",
-        f"|{HEADS}|",
-        "|" + "---|" * len(HEADS.split("|")),
-    ]
-    return "\n".join(lines + ["| " + " | ".join(cells(r)).replace("\n", " ") + " |" for r in rows]) + "\n"
 
 
 def save(out: Path, rows: list[Row], arguments: list[str], at: dict[str, Any]) -> None:

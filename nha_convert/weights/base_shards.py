@@ -10,9 +10,10 @@ from typing import Any
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from ..errors import InputError
+from ..files import shown
 from .pickled_weights import PickledTensor, load_pickle, raw_bytes
 from .shard_files import Move, copy_header, create_shard, move_tensors, tensor_bytes, write_tensor
-from .weight_files import WEIGHTS, StoredTensor, refuse, shown
+from .weight_files import WEIGHTS, StoredTensor, refuse
 
 PATTERN = "model-base{suffix}.safetensors"  # `model.safetensors` would be read in place of the index
 Advance = Callable[[int], None]

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from .weight_files import PICKLE_INDEX, PICKLES, index_problems, read_index, refuse, regular_file, shown
+from ..files import shown
+from .weight_files import PICKLE_INDEX, PICKLES, index_problems, read_index, refuse, regular_file
 
 DTYPES = {
     torch.float64: "F64",

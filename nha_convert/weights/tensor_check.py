@@ -11,7 +11,8 @@ from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..convert import check_missing, new_parameter_names
-from .weight_files import refuse, shown
+from ..files import shown
+from .weight_files import refuse
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 

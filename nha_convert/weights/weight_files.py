@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import read_json_object, shown
 from .config_check import layers_problem, shape_problem, size_problems
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -71,12 +72,7 @@ def checked_config(folder: Path) -> dict[str, Any]:
         InputError: it cannot be read, or a size is none; one line per problem.
     """
     path = regular_file(folder, "config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({shown(str(error))}); fetch it again") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: a JSON object is needed, found {type(config).__name__}")
+    config = read_json_object(path)
     refuse(size_problems(str(path), config))
     return config
 
@@ -293,12 +289,6 @@ def _parse(path: Path, raw: bytes, what: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: {what} is a JSON {type(content).__name__}, not an object; fetch it again")
     return content
-
-
-def shown(text: str) -> str:
-    """Text from a file, safe to print: one line, no control characters, not too long."""
-    clean = "".join(character if character.isprintable() else "?" for character in text)
-    return clean if len(clean) <= 120 else clean[:100] + f"... ({len(clean)} characters)"
 
 
 def refuse(problems: Iterable[str]) -> None:
