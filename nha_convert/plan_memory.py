@@ -6,7 +6,6 @@ of layers of each kind.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 from unittest import mock
 
@@ -22,7 +21,9 @@ from .recipe import Recipe
 from .settings import NHASettings
 from .train.objectives import make_objective
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "allocator")
+ALLOCATOR = 0.1
+"""What allocators hold beyond live tensors, as a share of them (`python tools/acceptance.py plan`, on a CPU)."""
 COUNTS = ("trained_parameters", "trained_base_parameters")
 FEW = 2
 """NHA layers of the smallest model that is run."""
@@ -50,7 +51,9 @@ def stage_cost(recipe: Recipe, index: int) -> dict[str, int]:
     if full:
         beside = _measure(recipe, index, config, [max(exact)] * FEW + ["full"])
         parts = {name: parts[name] + (beside[name] - few[name]) * full for name in few}
-    return {name: max(0, value) for name, value in parts.items()}
+    parts = {name: max(0, value) for name, value in parts.items()}
+    live = sum(value for name, value in parts.items() if name not in COUNTS)
+    return parts | {"allocator": round(ALLOCATOR * live)}
 
 
 def model_config(model: str) -> PretrainedConfig:
@@ -70,7 +73,7 @@ def _measure(recipe: Recipe, index: int, config: PretrainedConfig, windows: list
         dtype = torch.bfloat16
     with counting(config.vocab_size) as live:
         model = AutoModelForCausalLM.from_config(small, dtype=dtype)
-        teacher = copy.deepcopy(model) if recipe.needs_teacher(index) else None
+        teacher = AutoModelForCausalLM.from_config(small, dtype=dtype) if recipe.needs_teacher(index) else None
         with mock.patch.object(nn.Module, "_apply", _left_alone):
             objective = make_objective(model, stage, seed=0, teacher=teacher)
         groups = objective.groups()

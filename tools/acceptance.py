@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tools.acceptance_data
 import tools.acceptance_kernels
 import tools.acceptance_models
+import tools.acceptance_plan
 import tools.acceptance_serving
 import tools.acceptance_swap
 import tools.acceptance_training  # noqa: F401
