@@ -208,7 +208,9 @@ def test_a_file_that_may_not_grow_fails_the_command(pico_llama: Path, tmp_path: 
 
 
 STOPPED = """
-import sys, time
+import signal, sys, time
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits it ignored
 import nha_convert.swap
 from nha_convert.app import main
 
