@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import zlib
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..errors import WorkError
+from ..errors import InputError, WorkError
 from .engine import copy_whole
 
 COMPLETE = "COMPLETE"
@@ -59,6 +60,21 @@ def load_tensors(model: nn.Module, path: Path) -> None:
                 copy_whole(parameters[name], tensor)
     except SafetensorError as error:
         raise WorkError(f"{path}: damaged ({error}); remove {path.parent} and run the stage again") from error
+
+
+def load_plain(path: Path) -> Any:
+    """Reads tensors, numbers and containers of them from a file of `torch.save`; nothing in it is run.
+
+    Raises:
+        InputError: it holds something else, as a file that others made may.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path}: holds more than tensors and numbers, so this version of nha-convert did not write it, and it was "
+            f"not read; remove {path.parent} to go on from the checkpoint before it"
+        ) from error
 
 
 def _checksum(path: Path) -> list[int]:

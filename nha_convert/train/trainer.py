@@ -7,11 +7,9 @@ them, so neither the cut of a batch nor the number of processes changes it.
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -20,13 +18,22 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..errors import WorkError
 from .batches import ITEM, BatchPlan, batch_loader, plan_batches
-from .checkpoints import TRAINED, begin_checkpoint, finish_checkpoint, load_tensors, trained_tensors, write_tensors
+from .checkpoints import (
+    TRAINED,
+    begin_checkpoint,
+    finish_checkpoint,
+    load_plain,
+    load_tensors,
+    trained_tensors,
+    write_tensors,
+)
 from .engine import Engine, clip_gradients, load_optimizer_state, optimizer_state, whole
 from .faults import naming_a_full_disk
 from .job import StageJob
 from .metrics import Meter
 from .objective import Objective
 from .progress import StageProgress
+from .random_state import random_state, set_random_state
 from .wrapping import ShardedStep
 
 METER, OPTIMIZER, SCHEDULER, RANDOM = "meter.json", "optimizer.pt", "scheduler.pt", "random.pt"
@@ -185,14 +192,14 @@ class NHATrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        load_optimizer_state(self.optimizer, torch.load(Path(checkpoint) / OPTIMIZER, weights_only=True))
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+        load_optimizer_state(self.optimizer, load_plain(Path(checkpoint) / OPTIMIZER))
+        self.lr_scheduler.load_state_dict(load_plain(Path(checkpoint) / SCHEDULER))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Each rank's own random state; where there were fewer ranks, one that depends on seed, step and rank."""
         if checkpoint is None:
             return
-        states = torch.load(Path(checkpoint) / RANDOM, weights_only=False)  # our own file, its checksum was compared
+        states = load_plain(Path(checkpoint) / RANDOM)
         if self.engine.rank < len(states):
             set_random_state(states[self.engine.rank])
         else:
@@ -256,21 +263,6 @@ class StageCallback(TrainerCallback):
 def _columns(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A batch without the numbers of its items."""
     return {name: tensor for name, tensor in batch.items() if name != ITEM}
-
-
-def random_state() -> dict[str, Any]:
-    """The states of all random generators of this process."""
-    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state(), "gpu": gpu}
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Takes what `random_state` gave."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["cpu"])
-    if state["gpu"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["gpu"])
 
 
 def stage_arguments(job: StageJob, device: torch.device, plan: BatchPlan) -> TrainingArguments:
