@@ -47,6 +47,8 @@ LAYERS = {
     "nha_convert.gate_init": MODELS,
     "nha_convert.remote_code": MODELS,
     "nha_convert.devices": MODELS,
+    "nha_convert.layer_slices": MODELS,
+    "nha_convert.streamed": MODELS,
     "nha_convert.train": WORK,
     "nha_convert.evaluate": WORK,
     "nha_convert.evaluate_checkpoint": WORK,
