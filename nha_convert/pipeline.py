@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -133,6 +133,7 @@ class Job:
         self.recipe, self.out, self.teacher_dir = recipe, out, teacher_dir
         self.engine, self.place, self.quiet = engine, place, quiet
         self.home = torch.device("cpu") if engine.kind == "fsdp2" else place  # where the model is between measurements
+        self.scratch = out / ".offloaded"
         self.rows: dict[str, dict[str, Any]] = {}
         torch.manual_seed(recipe.seed)
         if recipe.runtime.threads is not None:
@@ -140,6 +141,13 @@ class Job:
 
     def run(self, resume: bool) -> dict[str, Any]:
         """All of it; eval.json's content on every rank."""
+        shutil.rmtree(self.scratch, ignore_errors=True)  # of a killed process
+        try:
+            return self._run(resume)
+        finally:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _run(self, resume: bool) -> dict[str, Any]:
         started = time.time()
         recipe, out = self.recipe, self.out
         self.tokenizer = AutoTokenizer.from_pretrained(self.teacher_dir)
@@ -172,11 +180,14 @@ class Job:
 
     def _load_streamed(self) -> Any:
         """The student of a recipe that trains a few layers at a time: its base tensors stay on disk."""
-        self.scratch = tempfile.TemporaryDirectory(prefix=".offload-", dir=self.out)
-        dtype = getattr(torch, self.recipe.runtime.dtype)
-        scratch, seed = Path(self.scratch.name), self.recipe.seed
+        self.scratch.mkdir(parents=True)
         return load_streamed(
-            self.teacher_dir, self.recipe.nha, dtype=dtype, device=self.place, scratch=scratch, seed=seed
+            self.teacher_dir,
+            self.recipe.nha,
+            dtype=getattr(torch, self.recipe.runtime.dtype),
+            device=self.place,
+            scratch=self.scratch,
+            seed=self.recipe.seed,
         )
 
     @torch.no_grad()

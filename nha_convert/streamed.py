@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def load_streamed(
         skeleton = AutoModelForCausalLM.from_config(config)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
+    getLogger("accelerate.big_modeling").setLevel("ERROR")  # it warns of what is asked for here
     try:
         student, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -56,7 +58,7 @@ def load_streamed(
         logging.set_verbosity(verbosity)
     check_shapes(folder, report["mismatched_keys"])
     check_missing(folder, set(report["missing_keys"]), new_parameter_names(student))
-    _start_gates(student, stored, nha.gate_init, seed)
+    _start_gates(student, stored, nha.gate_init, dtype, seed)
     return student.eval()
 
 
@@ -77,12 +79,12 @@ def _places(skeleton: Any, device: torch.device) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _start_gates(student: Any, stored: Any, method: str, seed: int) -> None:
-    """Gates as `init_gates` makes them, from the stored W_k."""
+def _start_gates(student: Any, stored: Any, method: str, dtype: torch.dtype, seed: int) -> None:
+    """Gates as `init_gates` makes them, from the stored W_k in the model's dtype."""
     modules = {id(module): name for name, module in student.named_modules()}
     for index, attention in nha_layers(student):
         key = f"{modules[id(attention)]}.k_proj.weight"
         with safe_open(stored[key].path, "pt") as file:
-            tensors = layer_gates(attention.nha, file.get_tensor(key), method, layer_seed(seed, index))
+            tensors = layer_gates(attention.nha, file.get_tensor(key).to(dtype), method, layer_seed(seed, index))
         for name, parameter in attention.nha.named_parameters():
             parameter.copy_(tensors[name])

@@ -48,15 +48,15 @@ def shrunk(name: str, model: Path) -> Any:
     return load_recipe(str(recipe_path(name)), [*changes, "evaluate.sequence_length=512"])
 
 
-def make_model(name: str, folder: Path) -> Path:
-    """A random model of the recipe's family, with the embedded teacher's tokenizer."""
+def make_model(name: str, folder: Path, sizes: dict[str, Any] = SIZES) -> Path:
+    """A random model of a family, with the embedded teacher's tokenizer."""
     import torch
     import transformers
 
     from nha_convert.families import FAMILIES
     from nha_convert.recipe import embedded_teacher
 
-    config = getattr(transformers, f"{FAMILIES[name].prefix}Config")(**SIZES)
+    config = getattr(transformers, f"{FAMILIES[name].prefix}Config")(**sizes)
     with torch.random.fork_rng():
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(embedded_teacher()).save_pretrained(folder)
@@ -77,14 +77,15 @@ def measured_peak(name: str, index: int, model: str) -> int:
     tokenizer = AutoTokenizer.from_pretrained(model)
     with tempfile.TemporaryDirectory() as folder:
         training_dataset(recipe, index, tokenizer)  # tokenises before anything is measured
-        before = _status("VmRSS")
+        before = process_bytes("VmRSS")
         student = load_student(Path(model), recipe.nha, dtype=torch.float32)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         run_stage(student, tokenizer, recipe, index, Path(folder), quiet=True)
-        return _status("VmHWM") - before
+        return process_bytes("VmHWM") - before
 
 
-def _status(name: str) -> int:
+def process_bytes(name: str) -> int:
+    """A size of this process: VmRSS, what is resident now; VmHWM, the most since `clear_refs`."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(text.split()[1]) * 1024 for text in lines if text.startswith(f"{name}:"))
 

@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from cli_runs import write_recipe
 from pydantic import ValidationError
 from stages import make_recipe
 from transformers import AutoTokenizer
 
 from nha_convert.convert import load_student
-from nha_convert.errors import WorkError
+from nha_convert.errors import InputError, WorkError
 from nha_convert.layer_slices import LayerSlices
-from nha_convert.recipe import Recipe
+from nha_convert.pipeline import check_engine, run
+from nha_convert.recipe import Recipe, load_recipe
+from nha_convert.streamed import is_streamed, load_streamed
 from nha_convert.train import by_layer, run_stage, trainer
 from nha_convert.train.hidden_cache import NAME, HiddenCache
 from nha_convert.train.objective import Objective
@@ -206,3 +209,50 @@ def test_too_little_space_is_refused(pico_llama: Path, text: Path, tmp_path: Pat
     monkeypatch.setattr("nha_convert.train.hidden_cache.shutil.disk_usage", lambda _: usage)
     with pytest.raises(Exception, match=r"hidden states of 288 tokens take .* lower runtime.cached_tokens"):
         aligned(pico_llama, tmp_path, recipe(text, 1))
+
+
+# ---- the whole run -------------------------------------------------------------------------------
+def test_a_run_exports_the_same_bytes(pico_models: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    """Measured, exported and verified with the base on disk; a stage that needs the whole model gets it."""
+    model = pico_models["qwen3_moe"]
+    stages = [{"kind": "align", "learning_rate": 0.02}, {"kind": "distill"}]
+    found = {}
+    for name, more in (("whole", {}), ("parts", {"layers_at_once": 1, "cached_tokens": SPAN})):
+        path = write_recipe(tmp_path / f"{name}.yaml", model, text, stages=stages, **more)
+        evaluation = run(load_recipe(str(path)), tmp_path / name, quiet=True)
+        nll = {row: evaluation[row]["nll"] for row in ("teacher", "swapped", "aligned", "final")}
+        shards = sorted((tmp_path / name / "export").glob("*.safetensors"))
+        verification = json.loads((tmp_path / name / "verify.json").read_text())
+        found[name] = nll, [(shard.name, shard.read_bytes()) for shard in shards], verification["failures"]
+    assert found["whole"][0] == found["parts"][0]
+    assert found["whole"][1] == found["parts"][1] and found["parts"][2] == []
+    assert not [path.name for path in (tmp_path / "parts").iterdir() if path.name.startswith(".")]
+
+
+def test_a_streamed_model_is_the_same(pico_models: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    """Logits and greedy tokens, weights converted to another dtype on the way; an export of it has the same bytes."""
+    nha, cpu = recipe(text).nha, torch.device("cpu")
+    ids = torch.randint(0, 50, (2, 40), generator=torch.Generator().manual_seed(0))
+    for name, model in pico_models.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            scratch = tmp_path / f"{name}-{dtype}"
+            scratch.mkdir()
+            whole = load_student(model, nha, dtype=dtype, seed=3)
+            streamed = load_streamed(model, nha, dtype=dtype, device=cpu, scratch=scratch, seed=3)
+            assert is_streamed(streamed) and not is_streamed(whole)
+            held = sum(parameter.numel() for parameter in streamed.parameters() if not parameter.is_meta)
+            assert held == sum(t.numel() for key, t in whole.named_parameters() if ".nha." in key), name
+            with torch.no_grad():
+                assert torch.equal(streamed(input_ids=ids).logits, whole(input_ids=ids).logits), (name, dtype)
+            options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+            assert torch.equal(streamed.generate(ids, **options), whole.generate(ids, **options)), (name, dtype)
+
+
+def test_several_processes_are_refused(
+    pico_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    path = write_recipe(tmp_path / "my.yaml", pico_llama, text, stages=[{"kind": "align"}], layers_at_once=1)
+    with pytest.raises(InputError, match=r"runtime.layers_at_once: 1 is for one process, found 2"):
+        check_engine(load_recipe(str(path)))
