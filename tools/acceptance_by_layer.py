@@ -49,17 +49,16 @@ def measured(model: str, layers: int | None) -> dict[str, Any]:
     from nha_convert.train import run_stage
 
     torch.set_num_threads(1)
+    stage = {"kind": "align", "tokens": STEPS * ROWS * LENGTH, "sequence_length": LENGTH, "batch_size": ROWS}
     changes = [
         f"model={model}",
+        f"stages={json.dumps([stage])}",
         "nha.full_attention_layers=[]",
         "data.sources=[{source: stdlib}]",
-        "stages=[stages.0]",
         f"runtime.layers_at_once={json.dumps(layers)}",
         f"runtime.cached_tokens={STEPS * ROWS * LENGTH // 2}",
         "runtime.logging_steps=1",
     ]
-    stage = {"kind": "align", "tokens": STEPS * ROWS * LENGTH, "sequence_length": LENGTH, "batch_size": ROWS}
-    changes[3] = f"stages={json.dumps([stage])}"
     recipe = load_recipe("demo", changes)
     tokenizer = AutoTokenizer.from_pretrained(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -82,8 +81,8 @@ def measured(model: str, layers: int | None) -> dict[str, Any]:
 
 @line(
     "by_layer",
-    f"alignment one layer at a time, {LAYERS}-layer random Llama of 176M parameters, all layers NHA, CPU: growth of the "
-    "process from before the model is loaded; losses of every step and layer",
+    f"alignment one layer at a time, {LAYERS}-layer random Llama of 176M parameters, all layers NHA, CPU: growth of "
+    "the process from before the model is loaded; losses of every step and layer",
     "<= 35 % of all layers at once; the same",
 )
 def by_layer() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +152,17 @@ def test_a_loss_that_is_not_finite_names_its_layer(
         aligned(pico_llama, tmp_path / "run", recipe(text, 1))
 
 
+def _keep(states: dict[int, torch.Tensor], index: int, module: Any, args: Any, output: torch.Tensor) -> None:
+    states[index] = output
+
+
 @pytest.mark.parametrize(("first", "count"), [(0, 1), (1, 1), (0, 2)])
 def test_slices_compute_what_the_model_does(pico_models: dict[str, Path], text: Path, first: int, count: int) -> None:
     for model in pico_models.values():
         student = load_student(model, recipe(text).nha, dtype=torch.float32)
         states: dict[int, torch.Tensor] = {}
         for index, layer in enumerate(student.model.layers):
-            layer.register_forward_hook(lambda m, a, out, index=index: states.__setitem__(index, out))
+            layer.register_forward_hook(partial(_keep, states, index))
         ids = torch.randint(0, 50, (2, 40), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             student(input_ids=ids, use_cache=False)
@@ -184,7 +189,7 @@ def test_hidden_states_come_back(tmp_path: Path, dtype: torch.dtype) -> None:
     ("changes", "said"),
     [
         ({"runtime": {"layers_at_once": 1, "engine": "fsdp2"}}, "with runtime.engine fsdp2"),
-        ({"runtime": {"layers_at_once": 1}, "stages": [{"kind": "finetune", "tokens": 96}]}, "no stage is of kind align"),
+        ({"runtime": {"layers_at_once": 1}, "stages": [{"kind": "finetune", "tokens": 96}]}, "no stage is of kind"),
         (
             {"runtime": {"layers_at_once": 1}, "stages": [{"kind": "align", "tokens": 96, "train": ["gates", "lora"]}]},
             "can train gates alone; its train is",
