@@ -117,7 +117,7 @@ def sliced_config(config: Any, first: int, count: int) -> Any:
         "num_hidden_layers": count,
         "nha_windows": [config.nha_windows[index] for index in layers],
         "vocab_size": 1,
-        "pad_token_id": None,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
         "tie_word_embeddings": False,
     }
     if fields.get("layer_types"):

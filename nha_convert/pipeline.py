@@ -27,8 +27,10 @@ from .devices import find_device, input_device, world_of
 from .errors import InputError, WorkError
 from .evaluate.suite import evaluate_student, evaluate_teacher
 from .files import write_json, write_text
+from .gpus import find_machine
 from .plan import make_plan
 from .plan_memory import stage_cost
+from .plan_time import stage_time
 from .preflight import preflight
 from .publish.export import export_model
 from .publish.verify import verify_checkpoint
@@ -158,7 +160,8 @@ class Job:
         if self.engine.main:
             out.mkdir(parents=True, exist_ok=True)
             write_text(out / "recipe.yaml", dump_recipe(recipe))
-            write_json(out / "plan.json", make_plan(recipe, stage_cost))
+            machine = find_machine(count=self.engine.world)
+            write_json(out / "plan.json", make_plan(recipe, stage_cost, stage_time, machine))
         model: Any = self._load_streamed() if recipe.stages and recipe.by_layer(0) else self._load().to(self.home)
         self._measure(model, "teacher")
         self._measure(model, "swapped", last=not recipe.stages)

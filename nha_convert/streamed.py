@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from .convert import check_missing, check_shapes, load_base_config, nha_config, new_parameter_names
+from .convert import check_missing, check_shapes, load_base_config, new_parameter_names, nha_config
 from .gate_init import layer_seed
 from .modeling.attention_nha import nha_layers
 from .settings import NHASettings

@@ -139,17 +139,32 @@ class LayerwiseTrainer:
         ):
             needed = 1 + max(index for index, _ in self.objective.layers)
             for first in range(0, needed, at_once):
-                model = self.slices.load(first, min(at_once, needed - first), gates, self.device)
-                group = _Group(self, model, first, cache, start)
-                with prepared(model, self.job.recipe.runtime):
-                    for step in range(start, end):
-                        if self.job.stop.is_set():
-                            self.stopping = True
-                            return
-                        group.step(step, rates[step - start], measured[step - start])
-                trained |= group.result()
+                layers = range(first, min(first + at_once, needed))
+                trained |= self._group(layers, gates, cache, range(start, end), rates, measured)
+                if self.stopping:
+                    return
         self._take(trained)
         self._report(start, rates, measured, (end - start) / max(time.monotonic() - began, 1e-9))
+
+    def _group(
+        self,
+        layers: range,
+        gates: dict[str, torch.Tensor],
+        cache: HiddenCache,
+        steps: range,
+        rates: list[dict[str, float]],
+        measured: list[dict[str, float]],
+    ) -> dict[str, tuple[torch.Tensor, dict[str, Any]]]:
+        """Some layers over all steps of a span; they are gone from memory when it returns."""
+        model = self.slices.load(layers.start, len(layers), gates, self.device)
+        group = _Group(self, model, layers.start, cache, steps.start)
+        with prepared(model, self.job.recipe.runtime):
+            for place, step in enumerate(steps):
+                if self.job.stop.is_set():
+                    self.stopping = True
+                    return {}
+                group.step(step, rates[place], measured[place])
+        return group.result()
 
     def _rates(self, steps: int) -> list[dict[str, float]]:
         """The learning rate of each group in each of the next steps; the schedule moves on."""
