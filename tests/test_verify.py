@@ -26,7 +26,8 @@ sys.path.insert(0, sys.argv[1])
 import checkpoint_probe
 sys.meta_path.insert(0, checkpoint_probe.Refuse())
 jobs = json.load(open(sys.argv[2]))
-json.dump({name: checkpoint_probe.probe(job, sys.argv[3] + ".scratch") for name, job in jobs.items()}, open(sys.argv[3], "w"))
+found = {name: checkpoint_probe.probe(job, sys.argv[3] + ".scratch") for name, job in jobs.items()}
+json.dump(found, open(sys.argv[3], "w"))
 """
 
 
