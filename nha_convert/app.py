@@ -229,10 +229,14 @@ def plan(
 
     Hours are an estimate for the named GPU, from its data sheet and the floors of the kernels.
     """
+    from .model_files import is_model_name
     from .recipe import load_recipe
+    from .recipe_choice import choose_for
 
-    machine = find_machine(gpu, gpus)
-    _print_plan(load_recipe(recipe, set_ or []), machine, as_json)
+    machine, settings = find_machine(gpu, gpus), load_recipe(recipe, set_ or [])
+    if not as_json and is_model_name(recipe):
+        print(choose_for(recipe).reason)
+    _print_plan(settings, machine, as_json)
 
 
 @app.command(short_help="Write report.html of a run.")

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from nha_kernels.backends import as_on_gpu
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, masking_utils
 
 from .convert import nha_config
 from .memory_tracker import counting
@@ -55,7 +55,10 @@ def stage_cost(recipe: Recipe, index: int) -> dict[str, int]:
     parts = {name: few[name] + (more[name] - few[name]) * (len(exact) - FEW) for name in few}
     if full:
         beside = _measure(recipe, index, config, [max(exact)] * FEW + ["full"])
-        parts = {name: parts[name] + (beside[name] - few[name]) * full for name in few}
+        parts = {name: parts[name] + beside[name] - few[name] for name in few}
+        if full > 1:  # the first brings what all of them share: the mask between documents
+            again = _measure(recipe, index, config, [max(exact)] * FEW + ["full"] * 2)
+            parts = {name: parts[name] + (again[name] - beside[name]) * (full - 1) for name in few}
     return _with_allocator(parts)
 
 
@@ -115,7 +118,8 @@ def _measure(recipe: Recipe, index: int, config: PretrainedConfig, windows: list
         optimizer.step()
         optimizer.zero_grad()
         live.restart()
-        with prepared(model, recipe.runtime.model_copy(update={"compile": False})):
+        packed = recipe.data.packing == "documents"
+        with prepared(model, recipe.runtime.model_copy(update={"compile": False})), nullcontext() if packed else _unpacked():
             loss, _measured = objective(batch, objective.count(batch))
             loss.backward()
             optimizer.step()
@@ -141,6 +145,11 @@ def _measure(recipe: Recipe, index: int, config: PretrainedConfig, windows: list
             "activations": wide * (rest - gradients - live.logits_at_peak),
             "logits": live.logits_at_peak,
         }
+
+
+def _unpacked() -> Any:
+    """Inside, rows are one document each, which fake tensors cannot say: no T x T mask is made for full layers."""
+    return mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
 
 
 def _left_alone(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:

@@ -10,7 +10,8 @@ from typing import Any
 
 from tools.acceptance_base import ROOT, line, run
 
-RECIPES = ("llama", "qwen2", "qwen3")
+RECIPES = {"llama-3.2-1b": "llama", "qwen2.5-0.5b": "qwen2", "qwen3-0.6b": "qwen3"}
+"""Shipped recipes, and the families of their models."""
 ROWS, LENGTH = 4, 512
 SIZES: dict[str, Any] = {
     "vocab_size": 8192,
@@ -95,9 +96,9 @@ def plan() -> dict[str, Any]:
     from nha_convert.plan_memory import PARTS, stage_cost
 
     values: dict[str, Any] = {}
-    for name in RECIPES:
+    for name, family in RECIPES.items():
         with tempfile.TemporaryDirectory() as folder:
-            model = make_model(name, Path(folder) / "model")
+            model = make_model(family, Path(folder) / "model")
             recipe = shrunk(name, model)
             for index, stage in enumerate(recipe.stages):
                 cost = stage_cost(recipe, index)
