@@ -118,8 +118,8 @@ def _measure(recipe: Recipe, index: int, config: PretrainedConfig, windows: list
         optimizer.step()
         optimizer.zero_grad()
         live.restart()
-        packed = recipe.data.packing == "documents"
-        with prepared(model, recipe.runtime.model_copy(update={"compile": False})), nullcontext() if packed else _unpacked():
+        runtime = recipe.runtime.model_copy(update={"compile": False})
+        with prepared(model, runtime), nullcontext() if recipe.data.packing == "documents" else _unpacked():
             loss, _measured = objective(batch, objective.count(batch))
             loss.backward()
             optimizer.step()

@@ -489,3 +489,56 @@ def test_finished(tmp_path: Path) -> None:
     assert finished(tmp_path)
     (tmp_path / "verify.json").write_text('{"passed": false}')
     assert not finished(tmp_path)
+
+
+def memory(recipe: Recipe, index: int) -> int:
+    return sum(value for name, value in stage_cost(recipe, index).items() if not name.startswith("trained"))
+
+
+def test_memory_of_layers_at_a_time(pico_llama: Path, tmp_path: Path) -> None:
+    """Two layers cost as one: neither embedding nor head, one layer's tensors, the gates of both."""
+    deep = AutoConfig.from_pretrained(pico_llama)
+    deep.num_hidden_layers, deep.vocab_size = 8, 4096
+    deep.save_pretrained(tmp_path)
+    whole = recipe_of(tmp_path, "stages=[{kind: align, tokens: 1k, sequence_length: 64, batch_size: 2}]")
+    found = {layers: stage_cost(by_layer(whole, layers), 0) for layers in (None, 1, 3, 8)}
+    assert len({cost["trained_parameters"] for cost in found.values()}) == 1
+    sizes = [
+        sum(cost[part] for part in ("weights", "gradients", "optimizer", "activations")) for cost in found.values()
+    ]
+    assert sizes[1] < sizes[2] < sizes[3] < sizes[0]
+    layer = dimensions_of("deep", json.loads((tmp_path / "config.json").read_text()))
+    held = found[3]["weights"] - found[1]["weights"]
+    dense = layer.attention_parameters + 3 * layer.hidden * layer.intermediate
+    assert held == pytest.approx(2 * 4 * dense, rel=0.02)
+    assert found[None]["optimizer"] == pytest.approx(found[1]["optimizer"], rel=0.01)
+
+
+def by_layer(recipe: Recipe, layers: int | None) -> Recipe:
+    runtime = recipe.runtime.model_copy(update={"layers_at_once": layers})
+    return recipe.model_copy(update={"runtime": runtime})
+
+
+def test_memory_of_a_mask_between_documents(pico_llama: Path) -> None:
+    """Full layers share one T x T mask where documents are packed, and have none where a row is one document."""
+    settings = ("nha.full_attention_layers=[1]", "stages.1.sequence_length=512", "stages.1.batch_size=1")
+    apart = [
+        memory(recipe_of(pico_llama, *settings, f"data.packing={packing}"), 1) for packing in ("windows", "documents")
+    ]
+    assert apart[1] - apart[0] > 512 * 512
+
+
+def test_memory_is_that_of_the_device(pico_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's path where training runs on a GPU, PyTorch's on a CPU; nothing of that stays afterwards."""
+    from nha_kernels import backends, ops
+
+    seen: list[str] = []
+    real = backends.choose_backend
+    monkeypatch.setattr(ops, "choose_backend", lambda *given: seen.append(real(*given)) or seen[-1])
+    settings = ("nha.slots=16", "runtime.dtype=float32")
+    for device, wanted in (("auto", "triton"), ("cuda", "triton"), ("cpu", "torch")):
+        seen.clear()
+        stage_cost(recipe_of(pico_llama, *settings, f"runtime.device={device}"), 0)
+        assert set(seen) == {wanted}
+    query = torch.zeros(1, 2, 4, 16)
+    assert real("auto", query, torch.zeros(1, 2, 2, 16)) == "torch"

@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from tools.acceptance_base import ROOT, line, run
+from tools.acceptance_plan import SIZES as PLAN_SIZES
 from tools.acceptance_plan import make_model, process_bytes
 
 LAYERS, STEPS, ROWS, LENGTH = 12, 6, 1, 256
-SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = PLAN_SIZES | {
     "vocab_size": 16384,
     "hidden_size": 1024,
     "intermediate_size": 3072,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "max_position_embeddings": 2048,
 }
 
 CHILD = """
