@@ -91,7 +91,7 @@ def _damage(path: Path) -> tuple[dict[str, Any], str]:
     if not (path / COMPLETE).is_file():
         return {}, f"no {COMPLETE} marker"
     try:
-        marker = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+        marker = read_marker(path)
         files = marker["files"]
     except (ValueError, KeyError, TypeError):
         return {}, f"{COMPLETE} is damaged"
@@ -103,6 +103,12 @@ def _damage(path: Path) -> tuple[dict[str, Any], str]:
         if _checksum(path / name) != [size, crc]:
             return marker, f"{name} has other content than was written"
     return marker, ""
+
+
+def read_marker(checkpoint: Path) -> dict[str, Any]:
+    """What a whole checkpoint says of itself: step, identity, text, ranks, files."""
+    marker: dict[str, Any] = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+    return marker
 
 
 def latest_checkpoint(folder: Path) -> tuple[tuple[Path, dict[str, Any]] | None, list[str]]:

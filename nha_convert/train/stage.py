@@ -19,7 +19,14 @@ from ..errors import InputError, WorkError
 from ..files import write_json
 from ..recipe import Recipe
 from .by_layer import LayerwiseTrainer
-from .checkpoints import latest_checkpoint, load_tensors, remove_checkpoints, trained_tensors, write_tensors
+from .checkpoints import (
+    latest_checkpoint,
+    load_tensors,
+    read_marker,
+    remove_checkpoints,
+    trained_tensors,
+    write_tensors,
+)
 from .engine import Engine, whole
 from .faults import naming_a_full_disk, naming_lost_ranks, naming_too_little_memory
 from .job import StageJob
@@ -85,6 +92,9 @@ def run_stage(
         checkpoint = engine.from_main(_starting_point(job, resume) if engine.main else None)
         with engine.main_first(f"{job.name}/data"):
             dataset = training_dataset(recipe, index, tokenizer, quiet=quiet or not engine.main)
+        job.text = dataset.fingerprint
+        if checkpoint is not None:
+            job.check_text(read_marker(checkpoint).get("text", ""), checkpoint)
         trainer: NHATrainer | LayerwiseTrainer
         try:
             if recipe.by_layer(index):

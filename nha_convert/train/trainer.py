@@ -271,7 +271,8 @@ def write_checkpoint(
             torch.save(content, file)
     (partial / METER).write_text(json.dumps(meter.state()), encoding="utf-8")
     state.save_to_json(str(partial / "trainer_state.json"))
-    finish_checkpoint(partial, {"step": state.global_step, "identity": job.identity(), "ranks": ranks})
+    marker = {"step": state.global_step, "identity": job.identity(), "text": job.text, "ranks": ranks}
+    finish_checkpoint(partial, marker)
 
 
 def stage_arguments(job: StageJob, device: torch.device, plan: BatchPlan) -> TrainingArguments:

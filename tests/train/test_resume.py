@@ -232,3 +232,24 @@ def test_random_states_come_back() -> None:
     set_random_state(kept)
     again = [(random.random(), random.gauss(0, 1), np.random.normal(), torch.rand(3).tolist()) for _ in range(2)]
     assert again == drawn
+
+
+def test_other_text_under_the_same_name_is_refused(
+    pico_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "mine.txt"
+    shutil.copyfile(text, mine)
+
+    def finish(partial: Path, marker: dict[str, Any]) -> None:
+        real(partial, marker)
+        raise WorkError("stopped after the first checkpoint")
+
+    real = checkpoints.finish_checkpoint
+    with monkeypatch.context() as patch, pytest.raises(WorkError, match="stopped after"):
+        patch.setattr(trainer, "finish_checkpoint", finish)
+        train(pico_llama, tmp_path / "run", make_recipe(mine))
+    mine.write_text(mine.read_text()[::-1])
+    with pytest.raises(InputError, match=r"checkpoint-4: the text of data.sources is not what its steps were trained"):
+        train(pico_llama, tmp_path / "run", make_recipe(mine), resume=True)
+    shutil.copyfile(text, mine)
+    train(pico_llama, tmp_path / "run", make_recipe(mine), resume=True)
