@@ -61,4 +61,4 @@ def find_device(name: str) -> torch.device:
 def input_device(model: Any) -> torch.device:
     """Where a model takes its tokens, also where some of its tensors are read from disk as it computes."""
     place = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
-    return next(model.parameters()).device if place is None else torch.device(place)
+    return torch.device(model.device if place is None else place)

@@ -12,7 +12,7 @@ from tools.acceptance_base import ROOT, line, run
 
 RECIPES = {"llama-3.2-1b": "llama", "qwen2.5-0.5b": "qwen2", "qwen3-0.6b": "qwen3"}
 """Shipped recipes, and the families of their models."""
-ROWS, LENGTH = 4, 512
+ROWS, LENGTH = 4, 1024
 SIZES: dict[str, Any] = {
     "vocab_size": 8192,
     "hidden_size": 768,
@@ -46,7 +46,7 @@ def shrunk(name: str, model: Path) -> Any:
             f"stages.{index}.batch_size={ROWS}",
             f"stages.{index}.tokens={3 * ROWS * LENGTH}",
         ]
-    return load_recipe(str(recipe_path(name)), [*changes, "evaluate.sequence_length=512"])
+    return load_recipe(str(recipe_path(name)), [*changes, f"evaluate.sequence_length={LENGTH}"])
 
 
 def make_model(name: str, folder: Path, sizes: dict[str, Any] = SIZES) -> Path:
