@@ -2,6 +2,7 @@
 # make test   environment, install, ruff, mypy, pytest        make lint   ruff and mypy alone
 # make clean  removes the environment and the demo's run folder
 #
+# Tests run in 2 processes of one thread each; on a larger machine: make test WORKERS=8
 # A smaller download without a GPU: make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -9,6 +10,7 @@ PIP_FLAGS ?= --disable-pip-version-check --quiet
 VENV := .venv
 STAMP := $(VENV)/installed
 RUN := runs/demo
+WORKERS ?= 2
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:
@@ -17,7 +19,7 @@ demo: $(STAMP)
 	$(VENV)/bin/nha-convert run demo --out $(RUN) --resume
 
 test: lint
-	$(VENV)/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -28,8 +27,15 @@ from .command_options import (
     require_run,
 )
 from .errors import InputError, WorkError
+from .gpus import DEFAULT_GPU, Machine, find_machine
 from .recipe import Recipe
 from .recipes_app import recipes_app
+
+GPUOption = Annotated[
+    str | None,
+    typer.Option("--gpu", metavar="NAME", help=f"GPU that hours are estimated for; {DEFAULT_GPU} if not given"),
+]
+GPUsOption = Annotated[int | None, typer.Option("--gpus", metavar="N", help="how many of them; 1 if not given")]
 
 app = typer.Typer(
     name="nha-convert",
@@ -76,6 +82,8 @@ def run(
         bool, typer.Option("--resume", help="go on with an interrupted run; starts anew where there is none")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, do nothing")] = False,
+    gpu: GPUOption = None,
+    gpus: GPUsOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -90,18 +98,19 @@ def run(
     The run folder then holds the resolved recipe.yaml, metrics.jsonl, eval.json, export/ (the model, loadable with
     plain transformers) and report.html.
     """
-    from .plan import make_plan, render_plan
     from .preflight import check_inputs, finished
     from .recipe import load_recipe
 
+    machine = find_machine(gpu, gpus)
+    if not dry_run and (gpu, gpus) != (None, None):
+        raise InputError("--gpu and --gpus belong to --dry-run, which was not given; add it or leave them out")
     settings = load_recipe(recipe, set_ or [])
     if out is not None:
         settings.output = str(out)
     folder = Path(settings.output).expanduser()
     check_inputs(settings, folder, resume)
     if dry_run:
-        plan_ = make_plan(settings, _stage_cost())
-        print_json(plan_) if as_json else print_rich(render_plan(plan_))
+        _print_plan(settings, machine, as_json)
         return
     if resume and finished(folder):
         evaluation = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
@@ -191,28 +200,43 @@ def swap(
         )
 
 
-def _stage_cost() -> Callable[[Recipe, int], dict[str, int]]:
-    """Imported late: it needs torch."""
+def _print_plan(settings: Recipe, machine: Machine, as_json: bool) -> None:
+    """What is imported here needs torch."""
     prepare_libraries(quiet=True)
+    from .plan import make_plan
     from .plan_memory import stage_cost
+    from .plan_tables import render_plan
+    from .plan_time import stage_time
 
-    return stage_cost
+    made = make_plan(settings, stage_cost, stage_time, machine)
+    print_json(made) if as_json else print_rich(render_plan(made))
 
 
 @app.command(short_help="What a recipe changes, trains and needs.")
-def plan(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    gpu: GPUOption = None,
+    gpus: GPUsOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Says what a recipe will change, train and need, from config.json alone; loads and writes nothing.
 
     \b
     nha-convert plan demo
+    nha-convert plan Qwen/Qwen3-0.6B --gpu A100-80GB --gpus 8
     nha-convert plan Qwen/Qwen3-0.6B --set nha.full_attention_layers=every:8 --json
-    """
-    from .plan import make_plan, render_plan
-    from .recipe import load_recipe
 
-    settings = load_recipe(recipe, set_ or [])
-    plan_ = make_plan(settings, _stage_cost())
-    print_json(plan_) if as_json else print_rich(render_plan(plan_))
+    Hours are an estimate for the named GPU, from its data sheet and the floors of the kernels.
+    """
+    from .model_files import is_model_name
+    from .recipe import load_recipe
+    from .recipe_choice import choose_for
+
+    machine, settings = find_machine(gpu, gpus), load_recipe(recipe, set_ or [])
+    if not as_json and is_model_name(recipe):
+        print(choose_for(recipe).reason)
+    _print_plan(settings, machine, as_json)
 
 
 @app.command(short_help="Write report.html of a run.")

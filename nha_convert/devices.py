@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -55,3 +56,9 @@ def find_device(name: str) -> torch.device:
     if not there.get(device.type, False):
         raise InputError(f"device: this machine has no {device if device.index else name}; use `auto` or `cpu`")
     return device
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its tokens, also where some of its tensors are read from disk as it computes."""
+    place = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    return torch.device(model.device if place is None else place)

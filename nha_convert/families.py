@@ -1,7 +1,7 @@
 """The model families that can be converted: one entry each. Imports no torch; travels with checkpoints.
 
-A new family is one entry here, a recipe of its name in `recipes/`, and a pico model in `tests/conftest.py`, over which
-every family test then runs.
+A new family is one entry here, a recipe with its entry in `recipe_choice.BY_SIZE`, and a pico model in
+`tests/conftest.py`, over which every family test then runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Family:
     """One base family.
 
     Attributes:
-        model_type: of its config.json; also the name of its module in `transformers.models` and of its recipe.
+        model_type: of its config.json; also the name of its module in `transformers.models`.
         prefix: of its classes in `transformers`: `LlamaConfig`, `LlamaAttention`, `LlamaModel`, `LlamaForCausalLM`.
         models: what its users call it.
         qkv_bias: q, k and v have biases whatever the configuration says.

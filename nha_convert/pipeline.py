@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -20,19 +21,22 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from .convert import load_student
+from .convert import load_student, new_parameter_names
 from .data import held_out_tokens, recall_filler, training_dataset
-from .devices import find_device, world_of
+from .devices import find_device, input_device, world_of
 from .errors import InputError, WorkError
 from .evaluate.suite import evaluate_student, evaluate_teacher
 from .files import write_json, write_text
+from .gpus import find_machine
 from .plan import make_plan
 from .plan_memory import stage_cost
+from .plan_time import stage_time
 from .preflight import preflight
 from .publish.export import export_model
 from .publish.verify import verify_checkpoint
 from .recipe import Recipe, dump_recipe
 from .report import write_report
+from .streamed import is_streamed, load_streamed
 from .train import run_stage
 from .train.batches import plan_batches
 from .train.engine import Engine, RankLostError, start_engine, stop_engine
@@ -79,6 +83,11 @@ def check_engine(recipe: Recipe) -> None:
         InputError: a stage's rows cannot be dealt out to the processes, or it cannot run under FSDP2.
     """
     _, world, _ = world_of(os.environ)
+    if recipe.runtime.layers_at_once is not None and world > 1:
+        raise InputError(
+            f"runtime.layers_at_once: {recipe.runtime.layers_at_once} is for one process, found {world}; start the run "
+            "without a launcher, or remove it"
+        )
     for index, stage in enumerate(recipe.stages):
         plan_batches(stage.batch_size, world, recipe.runtime.micro_batch, f"stages.{index}")
         if recipe.runtime.engine == "fsdp2" and stage.kind == "align" and stage.changes_base:
@@ -126,6 +135,7 @@ class Job:
         self.recipe, self.out, self.teacher_dir = recipe, out, teacher_dir
         self.engine, self.place, self.quiet = engine, place, quiet
         self.home = torch.device("cpu") if engine.kind == "fsdp2" else place  # where the model is between measurements
+        self.scratch = out / ".offloaded"
         self.rows: dict[str, dict[str, Any]] = {}
         torch.manual_seed(recipe.seed)
         if recipe.runtime.threads is not None:
@@ -133,6 +143,13 @@ class Job:
 
     def run(self, resume: bool) -> dict[str, Any]:
         """All of it; eval.json's content on every rank."""
+        shutil.rmtree(self.scratch, ignore_errors=True)  # of a killed process
+        try:
+            return self._run(resume)
+        finally:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _run(self, resume: bool) -> dict[str, Any]:
         started = time.time()
         recipe, out = self.recipe, self.out
         self.tokenizer = AutoTokenizer.from_pretrained(self.teacher_dir)
@@ -143,23 +160,47 @@ class Job:
         if self.engine.main:
             out.mkdir(parents=True, exist_ok=True)
             write_text(out / "recipe.yaml", dump_recipe(recipe))
-            write_json(out / "plan.json", make_plan(recipe, stage_cost))
-        model = self._load().to(self.home)
+            machine = find_machine(count=self.engine.world)
+            write_json(out / "plan.json", make_plan(recipe, stage_cost, stage_time, machine))
+        model: Any = self._load_streamed() if recipe.stages and recipe.by_layer(0) else self._load().to(self.home)
         self._measure(model, "teacher")
         self._measure(model, "swapped", last=not recipe.stages)
         seconds = 0.0
         for index in range(len(recipe.stages)):
+            if is_streamed(model) and not recipe.by_layer(index):
+                model = self._whole(model)
             model, done = self._stage(model, index, resume)
             seconds += done["seconds"]
             self._measure(model, self._label(index), index=index, last=index == len(recipe.stages) - 1)
         with self.engine.main_first("end"):
             if self.engine.main:
-                self._finish(model.to(self.place), seconds, started)
+                self._finish(moved(model, self.place), seconds, started)
         return json.loads((out / "eval.json").read_text(encoding="utf-8"))
 
     def _load(self) -> Any:
         dtype = getattr(torch, self.recipe.runtime.dtype)
         return load_student(self.teacher_dir, self.recipe.nha, dtype=dtype, seed=self.recipe.seed)
+
+    def _load_streamed(self) -> Any:
+        """The student of a recipe that trains a few layers at a time: its base tensors stay on disk."""
+        self.scratch.mkdir(parents=True)
+        return load_streamed(
+            self.teacher_dir,
+            self.recipe.nha,
+            dtype=getattr(torch, self.recipe.runtime.dtype),
+            device=self.place,
+            scratch=self.scratch,
+            seed=self.recipe.seed,
+        )
+
+    @torch.no_grad()
+    def _whole(self, streamed: Any) -> Any:
+        """The student in memory, with the gates of one whose base tensors are on disk."""
+        model = self._load()
+        parameters = dict(model.named_parameters())
+        for name in new_parameter_names(streamed):
+            parameters[name].copy_(streamed.get_parameter(name))
+        return model.to(self.home)
 
     def _stage(self, model: Any, index: int, resume: bool) -> tuple[Any, dict[str, Any]]:
         def teacher() -> Any:
@@ -178,6 +219,7 @@ class Job:
             teacher=teacher,
             engine=self.engine,
             device=self.place,
+            base=self.teacher_dir,
         )
 
     def _label(self, index: int) -> str:
@@ -192,14 +234,14 @@ class Job:
         with self.engine.main_first(f"evaluation/{label}"):
             if not self.engine.main:
                 return
-            model.to(self.place)
+            moved(model, self.place)
             if label == "teacher":
                 self.rows[label] = self.measure.teacher(model)
             else:
                 changed = any(stage.changes_base for stage in self.recipe.stages[: index + 1])
                 teacher = self.measure.teacher_model(self.teacher_dir) if changed else None
                 self.rows[label] = self.measure.student(model, label, teacher=teacher, last=last)
-            model.to(self.home)
+            moved(model, self.home)
 
     def _finish(self, model: Any, seconds: float, started: float) -> None:
         """eval.json, export, verification and report."""
@@ -221,8 +263,15 @@ class Job:
                 evaluation=evaluation,
                 max_shard_size=recipe.export.max_shard_size,
             )
-        write_json(out / "verify.json", verify_checkpoint(out / "export", expected=out / "export_check.safetensors"))
+        write_json(out / "verify.json", verify_checkpoint(
+                out / "export", expected=out / "export_check.safetensors", offload=is_streamed(model)
+            ))
         write_report(out)
+
+
+def moved(model: Any, device: torch.device) -> Any:
+    """A model on a device; one whose base tensors are on disk stays as it is."""
+    return model if is_streamed(model) else model.to(device)
 
 
 class Measurement:
@@ -300,7 +349,7 @@ class Measurement:
 def _save_export_check(model: torch.nn.Module, held_out: torch.Tensor, path: Path) -> None:
     """Logits of the run's own model on held-out text, that the exported folder must reproduce."""
     length = min(256, held_out.numel() // 2)
-    input_ids = held_out[: 2 * length].view(2, length).to(next(model.parameters()).device)
+    input_ids = held_out[: 2 * length].view(2, length).to(input_device(model))
     logits = model.eval()(input_ids=input_ids).logits.float().cpu()
     beside = path.with_suffix(".tmp")
     save_file({"input_ids": input_ids.cpu().contiguous(), "logits": logits.contiguous()}, beside)

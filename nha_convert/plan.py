@@ -7,20 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import InputError
 from .families import FAMILIES
+from .gpus import SHARE, Machine
 from .model_files import check_family, check_windows, read_config
+from .plan_fit import fit
 from .recipe import NHASettings, Recipe
+from .stage_settings import AlignStage
 from .weights.config_check import size_problems
 from .weights.weight_files import refuse
 
-if TYPE_CHECKING:
-    from rich.console import Group
-
 BYTES = {"float32": 4, "bfloat16": 2}
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
+Cost = Callable[[Recipe, int], dict[str, int]]
+Time = Callable[[Recipe, int, Machine], dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class Dimensions:
@@ -117,7 +120,8 @@ def dimensions_of(model: str, config: dict[str, Any]) -> Dimensions:
     refuse(size_problems(f"{model}: config.json", config))
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     bias = bool(config.get("attention_bias", False))
-    experts, sparse = _experts(config, layers)
+    sparse = sparse_layers(config, layers)
+    experts = (config.get("num_experts") or config.get("num_local_experts") or 0) if sparse else 0
     return Dimensions(
         family=family.model_type,
         layers=layers,
@@ -135,36 +139,75 @@ def dimensions_of(model: str, config: dict[str, Any]) -> Dimensions:
         experts=experts,
         experts_per_token=min(experts, config.get("num_experts_per_tok") or 0),
         expert_size=config.get("moe_intermediate_size") or 0,
-        dense_layers=layers - sparse,
+        dense_layers=layers - len(sparse),
     )
 
 
-def _experts(config: dict[str, Any], layers: int) -> tuple[int, int]:
-    """Experts of a sparse layer, and how many layers are sparse; (0, 0) for dense models."""
+def sparse_layers(config: dict[str, Any], layers: int) -> set[int]:
+    """The layers that are a mixture of experts, of a config.json."""
     experts = config.get("num_experts") or config.get("num_local_experts") or 0
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
-    sparse = [layer for layer in range(layers) if experts and layer not in dense and (layer + 1) % step == 0]
-    return (experts, len(sparse)) if sparse else (0, 0)
+    return {layer for layer in range(layers) if experts and layer not in dense and (layer + 1) % step == 0}
 
 
-def make_plan(recipe: Recipe, cost: Callable[[Recipe, int], dict[str, int]]) -> dict[str, Any]:
+def stage_windows(recipe: Recipe, index: int, layers: int) -> list[list[int | None]]:
+    """The windows that each layer runs with in a stage: one, or those that it is drawn from at every step.
+
+    Args:
+        recipe, index: the stage.
+        layers: of the model.
+    Returns:
+        By layer; [None] runs the base model's own attention.
+    Raises:
+        InputError: the stage's windows do not fit the model.
+    """
+    stage, kept = recipe.stages[index], recipe.nha.windows(layers)
+    drawn = stage.random_windows if isinstance(stage, AlignStage) else None
+    if drawn is not None:
+        return [[None] if window is None else list(dict.fromkeys(drawn)) for window in kept]
+    if stage.windows is None:
+        return [[window] for window in kept]
+    given = stage.windows if isinstance(stage.windows, list) else None
+    where = f"stages.{index}.windows"
+    if given is None:
+        one = None if stage.windows == "full" else int(str(stage.windows))
+        return [[None if window is None else one] for window in kept]
+    if len(given) != layers:
+        raise InputError(f"{where}: the model has {layers} layers and needs one entry for each, found {len(given)}")
+    for layer, (window, before) in enumerate(zip(given, kept)):
+        if before is None and window != "full":
+            raise InputError(
+                f"{where}: layer {layer} keeps full attention (nha) and has no gates, so its window cannot be "
+                f"{window}; set it to full there, or convert the layer"
+            )
+    return [[None if window == "full" else int(window)] for window in given]
+
+
+def make_plan(recipe: Recipe, cost: Cost, time: Time | None = None, machine: Machine | None = None) -> dict[str, Any]:
     """What a run of the recipe will change, train, keep and need.
 
     Args:
         cost: what a stage trains and takes, `plan_memory.stage_cost`.
+        time: how long it takes, `plan_time.stage_time`.
+        machine: what it runs on; given with `time` or not at all.
     Returns:
         {"model", "output", "layers": [row], "parameters", "stages": [row], "cache": [row per context],
-        "notes": [text]}; bytes for one sequence, plain ints.
+        "notes": [text]}; bytes for one sequence, plain ints. With `machine` also {"gpu", "hours"}, and in each stage
+        `training_flops`, `hours` and `hours_of` its parts, and `fits`, whether its memory fits one GPU.
     Raises:
-        InputError: the model cannot be found or does not fit the settings.
+        InputError: the model cannot be found or does not fit the settings, or a stage not the GPUs.
     """
-    sizes = model_dimensions(recipe.model)
+    config = read_config(recipe.model)
+    sizes = dimensions_of(recipe.model, config)
     nha, element = recipe.nha, BYTES[recipe.runtime.dtype]
     windows = recipe.nha.windows(sizes.layers)
-    check_windows(recipe.model, read_config(recipe.model), windows)
+    check_windows(recipe.model, config, windows)
     gate = sizes.gate_parameters(nha)
     new = gate * sum(window is not None for window in windows)
-    return {
+    stages = range(len(recipe.stages))
+    runs = [stage_windows(recipe, index, sizes.layers) for index in stages]
+    times = [time(recipe, index, machine) if time and machine else {} for index in stages]
+    plan = {
         "model": recipe.model,
         "family": sizes.family,
         "output": recipe.output,
@@ -181,9 +224,41 @@ def make_plan(recipe: Recipe, cost: Callable[[Recipe, int], dict[str, int]]) -> 
             for layer, window in enumerate(windows)
         ],
         "parameters": {"model": sizes.parameters, "new": new},
-        "stages": [_stage(recipe, index, sizes, cost(recipe, index)) for index in range(len(recipe.stages))],
+        "stages": [_stage(recipe, index, sizes, cost(recipe, index)) | times[index] for index in stages],
         "cache": [_cache(sizes, nha, windows, element, tokens) for tokens in _contexts(sizes.context)],
-        "notes": _notes(recipe, windows, new),
+        "notes": _notes(recipe, windows, runs, gate),
+    }
+    return plan if machine is None else plan | _on(machine, recipe, plan, cost)
+
+
+def _on(machine: Machine, recipe: Recipe, plan: dict[str, Any], cost: Cost) -> dict[str, Any]:
+    """What a plan says of a machine: `gpu`, `hours`, `stages` with `fits`, and `notes` of what does not fit."""
+    gpu = machine.gpu
+    rows, notes = [], []
+    for index, row in enumerate(plan["stages"]):
+        found = fit(recipe, index, row, cost, machine)
+        rows.append(row | {"fits": found.fits})
+        if not found.fits:
+            notes.append(
+                f"stages.{index}: its peak of {size(found.needed)} does not fit the {size(gpu.memory)} of one "
+                f"{gpu.name}; "
+                + (f"set {found.settings}" if found.settings else "no setting makes it fit, so take a larger GPU")
+            )
+    if rows and not notes:
+        notes.append(f"The peak memory of every stage fits one {gpu.name} ({size(gpu.memory)}).")
+    return {
+        "gpu": {
+            "name": gpu.name,
+            "count": machine.count,
+            "bf16_flops": gpu.half,
+            "fp32_flops": gpu.single,
+            "bandwidth": gpu.bandwidth,
+            "memory_bytes": gpu.memory,
+            "share": SHARE,
+        },
+        "hours": sum(row.get("hours", 0.0) for row in rows),
+        "stages": rows,
+        "notes": plan["notes"] + notes,
     }
 
 
@@ -202,15 +277,8 @@ def _cache(sizes: Dimensions, nha: NHASettings, windows: list[int | None], eleme
 
 
 def _stage(recipe: Recipe, index: int, sizes: Dimensions, cost: dict[str, int]) -> dict[str, Any]:
-    """One row of the plan: what a stage trains, how long, and the parts of its peak memory.
-
-    FLOPs: 2 per active parameter and token for a forward pass (the teacher's, and but for align the student's), 2 for
-    the gradient of activations, and 2 per trained parameter of the base model for its own gradient.
-    """
+    """One row of the plan: what a stage trains, how long, and the parts of its peak memory."""
     stage = recipe.stages[index]
-    rows = stage.batch_size * stage.sequence_length
-    passes = int(stage.compares) + 2 * (stage.kind != "align")
-    flops = 2 * passes * sizes.active_parameters + 2 * cost["trained_base_parameters"]
     memory = {name: value for name, value in cost.items() if not name.startswith("trained")}
     return {
         "stage": stage.name or stage.kind,
@@ -222,115 +290,87 @@ def _stage(recipe: Recipe, index: int, sizes: Dimensions, cost: dict[str, int]) 
         "batch_size": stage.batch_size,
         "trained_parameters": cost["trained_parameters"],
         "frozen_parameters": sizes.parameters - cost["trained_base_parameters"],
-        "training_flops": flops * stage.steps * rows,
         "memory_bytes": memory,
         "peak_bytes": sum(memory.values()),
     }
 
 
-def _notes(recipe: Recipe, windows: list[int | None], new: int) -> list[str]:
-    """What a reader of the plan would want to be told."""
+def _notes(recipe: Recipe, windows: list[int | None], runs: list[list[list[int | None]]], gate: int) -> list[str]:
+    """What a reader of the plan would want to be told.
+
+    Args:
+        windows: of each layer; None stays full.
+        runs: `stage_windows` of each stage.
+        gate: new parameters of one NHA layer.
+    """
     notes = []
-    exact = [window for window in windows if window is not None]
-    if not exact:
+    nha = sum(window is not None for window in windows)
+    if not nha:
         notes.append("Every layer keeps full attention: the result computes what the model computes.")
-    elif 2 * len(exact) < len(windows):
+    elif 2 * nha < len(windows):
         notes.append(
-            f"{len(windows) - len(exact)} of {len(windows)} layers keep full attention, so most of the cache still "
+            f"{len(windows) - nha} of {len(windows)} layers keep full attention, so most of the cache still "
             "grows; convert more of them"
         )
-    for index, stage in enumerate(recipe.stages):
-        if exact and min(exact) + recipe.nha.sinks >= stage.sequence_length:
-            notes.append(
-                f"stages.{index}: its sequences of {stage.sequence_length} tokens fit into every window and the sinks, "
-                "so the slots see nothing and learn nothing; raise sequence_length or lower nha.window"
-            )
-        if stage.tokens < new:
-            notes.append(
-                f"stages.{index}: {count(stage.tokens)} tokens are fewer than the {count(new)} new parameters; "
-                "give it more"
-            )
-    changing = [stage for stage in recipe.stages if stage.changes_base]
-    parts = sorted({part for stage in changing for part in stage.train if part != "gates"})
-    if not recipe.stages:
-        notes.append("No stages: the model is swapped, measured and exported untrained.")
-    elif not changing:
-        notes.append("Only gates are trained; every base tensor of the result is the model's own, byte for byte.")
-    elif parts == ["lora"]:
-        notes.append("Adapters are merged into q/k/v/o; everything else of the model stays frozen.")
-    else:
-        notes.append(f"The model's own tensors are trained ({', '.join(parts)}), not only its gates.")
+    for index in range(len(recipe.stages)):
+        if nha:
+            notes += [f"stages.{index}: {note}" for note in _stage_notes(recipe, index, runs[index], nha, gate)]
+    return [*notes, _kept(recipe)]
+
+
+def _stage_notes(recipe: Recipe, index: int, runs: list[list[int | None]], nha: int, gate: int) -> list[str]:
+    """Of one stage in which `nha` layers have gates: what keeps these from learning."""
+    stage, sinks = recipe.stages[index], recipe.nha.sinks
+    notes = []
+    running = [[window for window in choices if window is not None] for choices in runs if choices != [None]]
+    if not running:
+        notes.append(
+            "every layer runs full attention in this stage, so no gate learns in it; set its windows to a number"
+        )
+    elif len(running) < nha:
+        notes.append(
+            f"{nha - len(running)} of {nha} NHA layers run full attention in this stage; their gates learn "
+            "nothing in it"
+        )
+    reaching = [[window for window in choices if window + sinks >= stage.sequence_length] for choices in running]
+    if running and all(found == choices for found, choices in zip(reaching, running)):
+        notes.append(
+            f"its sequences of {stage.sequence_length} tokens fit into every window and the sinks, so the slots see "
+            f"nothing and learn nothing; raise sequence_length or lower {_windows_key(recipe, index)}"
+        )
+    elif any(reaching):
+        wide = sorted({window for found in reaching for window in found})
+        notes.append(
+            f"its sequences of {stage.sequence_length} tokens fit into windows of {', '.join(map(str, wide))} and the "
+            f"sinks, behind which the slots see nothing; raise sequence_length or lower {_windows_key(recipe, index)}"
+        )
+    new = gate * len(running)
+    if "gates" in stage.train and stage.tokens < new:
+        notes.append(
+            f"{count(stage.tokens)} tokens are fewer than the {count(new)} new parameters that it trains; give it more"
+        )
     return notes
 
 
-def render_plan(plan: dict[str, Any]) -> Group:
-    """The plan as rich tables: layers, parameters, stages, cache."""
-    from rich.console import Group
-    from rich.text import Text
-
-    counts = plan["parameters"]
-    share = 100 * counts["new"] / counts["model"]
-    head = Text(f"{plan['model']} ({plan['family']}, {plan['dtype']}) -> {plan['output']}", style="bold")
-    facts = Text(
-        f"{count(counts['model'])} parameters of the model, {count(counts['new'])} new ones ({share:.2f} %); "
-        "the model's own are frozen"
-    )
-    notes = [Text(f"note: {note}") for note in plan["notes"]]
-    return Group(head, facts, _layer_table(plan), *_stage_table(plan), _cache_table(plan), *notes)
+def _windows_key(recipe: Recipe, index: int) -> str:
+    """The setting that a stage's windows come from."""
+    stage = recipe.stages[index]
+    if isinstance(stage, AlignStage) and stage.random_windows is not None:
+        return "random_windows"
+    return "nha.window" if stage.windows is None else "windows"
 
 
-def _layer_table(plan: dict[str, Any]) -> Any:
-    """Runs of equal layers in one row each."""
-    from rich.table import Table
-
-    table = Table(title="Layers", title_justify="left")
-    for column in ("layers", "attention", "window", "slots", "sinks", "new parameters each"):
-        table.add_column(column, justify="left" if column in ("layers", "attention") else "right")
-    runs: list[list[dict[str, Any]]] = []
-    for row in plan["layers"]:
-        same = runs and all(runs[-1][0][key] == row[key] for key in row if key != "layer")
-        runs[-1].append(row) if same else runs.append([row])
-    for run in runs:
-        first, last = run[0], run[-1]
-        label = str(first["layer"]) if first is last else f"{first['layer']}-{last['layer']}"
-        cells = ["-" if first[key] is None else str(first[key]) for key in ("window", "slots", "sinks")]
-        table.add_row(label, first["attention"], *cells, count(first["new_parameters"]))
-    return table
-
-
-def _stage_table(plan: dict[str, Any]) -> list[Any]:
-    from rich.table import Table
-
-    if not plan["stages"]:
-        return []
-    table = Table(title="Stages (memory of one process that holds all of it)", title_justify="left")
-    table.add_column("stage")
-    for column in ("tokens", "steps", "batch x length", "trained", "frozen", "PFLOP", "peak memory"):
-        table.add_column(column, justify="right")
-    for row in plan["stages"]:
-        table.add_row(
-            row["stage"],
-            count(row["tokens"]),
-            str(row["steps"]),
-            f"{row['batch_size']} x {row['sequence_length']}",
-            count(row["trained_parameters"]),
-            count(row["frozen_parameters"]),
-            f"{row['training_flops'] / 1e15:.3g}",
-            size(row["peak_bytes"]),
-        )
-    return [table]
-
-
-def _cache_table(plan: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    table = Table(title="Cache of one sequence", title_justify="left")
-    for column in ("context", "model", "NHA", "share"):
-        table.add_column(column, justify="right")
-    for row in plan["cache"]:
-        teacher, student = row["teacher_bytes"], row["student_bytes"]
-        table.add_row(str(row["context"]), size(teacher), size(student), f"{100 * student / teacher:.1f} %")
-    return table
+def _kept(recipe: Recipe) -> str:
+    """What becomes of the model's own tensors."""
+    changing = [stage for stage in recipe.stages if stage.changes_base]
+    parts = sorted({part for stage in changing for part in stage.train if part != "gates"})
+    if not recipe.stages:
+        return "No stages: the model is swapped, measured and exported untrained."
+    if not changing:
+        return "Only gates are trained; every base tensor of the result is the model's own, byte for byte."
+    if parts == ["lora"]:
+        return "Adapters are merged into q/k/v/o; everything else of the model stays frozen."
+    return f"The model's own tensors are trained ({', '.join(parts)}), not only its gates."
 
 
 def count(number: int) -> str:

@@ -19,7 +19,8 @@ from .work_folder import check_writable
 NOT_COMPARED = (
     *("output", "export.max_shard_size", "runtime.threads", "runtime.logging_steps", "runtime.engine"),
     *("runtime.micro_batch", "runtime.gradient_checkpointing", "runtime.compile", "runtime.cpu_offload"),
-    *("runtime.rank_timeout", "runtime.report_to", "data.workers", "data.cache"),
+    *("runtime.layers_at_once", "runtime.cached_tokens", "runtime.rank_timeout", "runtime.report_to"),
+    *("data.workers", "data.cache"),
 )
 """Settings that may differ when a run goes on."""
 

@@ -1,7 +1,8 @@
 """Loads, overrides, checks and saves recipes. Imports no torch.
 
 A recipe is named by what is shipped (`demo`), by a YAML file, or by a model (Hub id or folder): then the
-recipe of the model's family is taken. Every problem of a recipe is reported at once, with its line.
+recipe of its family that is nearest in size is taken (`recipe_choice`). Every problem of a recipe is reported at once,
+with its line.
 """
 
 from __future__ import annotations
@@ -106,11 +107,12 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     Raises:
         InputError: nothing has this name, or the recipe is wrong; every problem at once.
     """
-    from .model_files import family_of, is_model_name
+    from .model_files import is_model_name
 
     if is_model_name(name):
-        family = family_of(name)
-        path = recipes_folder() / f"{family}.yaml"
+        from .recipe_choice import choose_for
+
+        path = recipes_folder() / f"{choose_for(name).recipe}.yaml"
         last = Path(name).resolve().name if Path(name).is_dir() else name.rsplit("/", 1)[-1]
         return parse_recipe(
             _text(path),

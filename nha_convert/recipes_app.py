@@ -12,6 +12,7 @@ from .errors import InputError
 from .files import write_text
 from .model_files import is_model_name
 from .recipe import dump_recipe, list_recipes, load_recipe, recipe_path
+from .recipe_choice import choose_for
 
 recipes_app = typer.Typer(help="Lists, shows, copies and checks recipes.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -34,7 +35,12 @@ def recipes_show(
     set_: SetOption = None,
     resolved: Annotated[bool, typer.Option("--resolved", help="with every default written out")] = False,
 ) -> None:
-    """Prints a recipe: as written, or resolved (with --set or --resolved) as a run would save it."""
+    """Prints a recipe: as written, or resolved (with --set or --resolved, or of a MODEL) as a run would save it.
+
+    For a MODEL its first line says which recipe was chosen, and why.
+    """
+    if is_model_name(recipe):
+        print(f"# {choose_for(recipe).reason}")
     if resolved or set_ or is_model_name(recipe):
         print(dump_recipe(load_recipe(recipe, set_ or [])), end="")
     else:

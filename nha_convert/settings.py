@@ -238,6 +238,10 @@ class RuntimeSettings(Settings):
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         compile: compile the decoder layers' feed-forward part and norms with `torch.compile`.
         cpu_offload: keep weights, gradients and optimizer state in host memory between uses (fsdp2 on a GPU).
+        layers_at_once: alignment with so many layers in memory; the rest of the model stays on disk, for models that do
+            not fit. Not given: all of them.
+        cached_tokens: with that, tokens whose hidden states lie on disk at once, in the run folder; after so many each
+            layer is read again and a checkpoint is written.
         rank_timeout: seconds after which a process that does not answer counts as lost.
         report_to: what also receives the rows of metrics.jsonl.
     """
@@ -251,6 +255,8 @@ class RuntimeSettings(Settings):
     gradient_checkpointing: StrictBool = False
     compile: StrictBool = False
     cpu_offload: StrictBool = False
+    layers_at_once: Count | None = None
+    cached_tokens: Tokens = 1_000_000
     rank_timeout: Positive = 600.0
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
 
@@ -282,6 +288,29 @@ class Recipe(Settings):
         stage = self.stages[index]
         own = any(part in BASE_PARTS for part in stage.train)
         return stage.compares and (own or any(before.changes_base for before in self.stages[:index]))
+
+    def by_layer(self, index: int) -> bool:
+        """Whether stage `index` is trained with a few layers in memory at a time."""
+        return self.runtime.layers_at_once is not None and self.stages[index].kind == "align"
+
+    @model_validator(mode="after")
+    def _layers_at_once_fit(self) -> Recipe:
+        if self.runtime.layers_at_once is None:
+            return self
+        where = f"runtime.layers_at_once is {self.runtime.layers_at_once}"
+        if self.runtime.engine == "fsdp2":
+            raise ValueError(f"{where} with runtime.engine fsdp2, which spreads layers over processes; remove one")
+        if not any(self.by_layer(index) for index in range(len(self.stages))):
+            raise ValueError(f"{where}, but no stage is of kind align, which alone can be trained so; remove it")
+        for index, stage in enumerate(self.stages):
+            changed = [before.label for before in self.stages[:index] if before.changes_base]
+            if self.by_layer(index) and (stage.changes_base or changed):
+                found = f"its train is {stage.train}" if stage.changes_base else f"{changed[0]} trains more"
+                raise ValueError(
+                    f"{where}: layers are read from the base model, so stages.{index} and those before it can train "
+                    f"gates alone; {found}; set train: gates there, or remove runtime.layers_at_once"
+                )
+        return self
 
     @model_validator(mode="after")
     def _precisions_fit(self) -> Recipe:

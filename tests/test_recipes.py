@@ -1,13 +1,18 @@
 """Recipes: the shipped ones are valid and documented, every mistake is named with its place and its fix."""
 
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from nha_convert.errors import InputError
+from nha_convert.families import FAMILIES
+from nha_convert.plan import dimensions_of
+from nha_convert.preflight import check_inputs
 from nha_convert.recipe import (
     Recipe,
     dump_recipe,
@@ -20,6 +25,9 @@ from nha_convert.recipe import (
     recipes_folder,
     swap_settings,
 )
+from nha_convert.recipe_choice import BY_SIZE, Sized, choose, choose_for
+from nha_convert.recipes_app import recipes_app
+from tools.recipe_costs import PUBLIC
 
 SMALL = """\
 model: embedded
@@ -54,7 +62,9 @@ def test_shipped_recipe(name: str) -> None:
 
 
 def test_shipped_names() -> None:
-    assert {"demo", "align-only", "llama", "qwen2", "qwen3"} <= set(list_recipes())
+    named = {"llama-3.2-1b", "llama-3.1-8b", "qwen2.5-0.5b", "qwen2.5-7b", "qwen3-0.6b", "qwen3-8b"}
+    named |= {"demo", "align-only", "long-context", "paper-llama-3-8b"}
+    assert named | {one.name for one in BY_SIZE} == set(list_recipes())
     assert embedded_teacher() == recipes_folder() / "teacher"
 
 
@@ -64,6 +74,59 @@ def test_recipe_loads_no_torch() -> None:
         [sys.executable, "-c", code], cwd=recipes_folder().parent, capture_output=True, text=True, check=True
     )
     assert answer.stdout.strip() == "False"
+
+
+# ---- the recipe of a model -----------------------------------------------------------------------
+@pytest.mark.parametrize("sized", BY_SIZE, ids=lambda sized: sized.name)
+def test_recipes_are_chosen_by_the_size_of_their_model(sized: Sized) -> None:
+    model = load_recipe(sized.name).model
+    sizes = dimensions_of(model, PUBLIC[model])
+    assert (sizes.family, sizes.parameters) == (sized.family, sized.parameters)
+    assert choose(model, sizes.family, sizes.parameters).recipe == sized.name
+
+
+def test_every_family_has_a_recipe_that_is_chosen() -> None:
+    assert {one.family for one in BY_SIZE} == set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("family", "smaller", "larger"),
+    [
+        ("llama", "llama-3.2-1b", "llama-3.1-8b"),
+        ("qwen2", "qwen2.5-0.5b", "qwen2.5-7b"),
+        ("qwen3", "qwen3-0.6b", "qwen3-8b"),
+    ],
+)
+def test_the_border_is_where_both_ratios_are_equal(family: str, smaller: str, larger: str) -> None:
+    below, above = (next(one.parameters for one in BY_SIZE if one.name == name) for name in (smaller, larger))
+    border = math.isqrt(below * above)
+    for parameters, name in {1: smaller, border: smaller, border + 1: larger, 10**12: larger}.items():
+        assert choose("x", family, parameters).recipe == name
+
+
+def test_of_two_as_near_the_smaller_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = (Sized("large", "llama", 4 * 10**9), Sized("small", "llama", 10**9))
+    monkeypatch.setattr("nha_convert.recipe_choice.BY_SIZE", pair)
+    assert choose("x", "llama", 2 * 10**9).recipe == "small"
+
+
+def test_a_family_without_recipe() -> None:
+    with pytest.raises(InputError, match="x: no shipped recipe is for models of type gemma; copy one"):
+        choose("x", "gemma", 10**9)
+
+
+def test_the_choice_is_shown(pico_models: dict[str, Path]) -> None:
+    folder = str(pico_models["qwen3"])
+    shown = CliRunner().invoke(recipes_app, ["show", folder]).output
+    first, _, rest = shown.partition("\n")
+    assert first == f"# {choose_for(folder).reason}"
+    assert first.endswith("takes qwen3-0.6b: nearest in size of qwen3-0.6b, qwen3-8b")
+    assert parse_recipe(rest, "shown.yaml") == parse_recipe(shown, "shown.yaml") == load_recipe(folder)
+
+
+def test_a_chosen_recipe_that_is_too_long_for_the_model(pico_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"stages.0.sequence_length: 2048 is beyond the 512 positions"):
+        check_inputs(load_recipe(str(pico_llama)), tmp_path / "run")
 
 
 # ---- values --------------------------------------------------------------------------------------
@@ -278,7 +341,7 @@ def test_wrong_files(text: str, said: str) -> None:
 # ---- names ---------------------------------------------------------------------------------------
 def test_names(tmp_path: Path, pico_models: dict[str, Path]) -> None:
     recipe = load_recipe(str(pico_models["qwen2_tied"]))
-    family = load_recipe("qwen2")
+    family = load_recipe("qwen2.5-0.5b")
     assert recipe.model == str(pico_models["qwen2_tied"])
     assert recipe.output == "runs/qwen2_tied"
     assert recipe.stages == family.stages

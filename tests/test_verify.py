@@ -26,7 +26,8 @@ sys.path.insert(0, sys.argv[1])
 import checkpoint_probe
 sys.meta_path.insert(0, checkpoint_probe.Refuse())
 jobs = json.load(open(sys.argv[2]))
-json.dump({name: checkpoint_probe.probe(job) for name, job in jobs.items()}, open(sys.argv[3], "w"))
+found = {name: checkpoint_probe.probe(job, sys.argv[3] + ".scratch") for name, job in jobs.items()}
+json.dump(found, open(sys.argv[3], "w"))
 """
 
 
@@ -56,7 +57,13 @@ def measured(
     """What the probe measures of each, in one fresh process that cannot import this package."""
     work = tmp_path_factory.mktemp("probe")
     jobs = {
-        name: {"checkpoint": str(out), "expected": None, "teacher": str(pico_models[name]), "tokenizer": True}
+        name: {
+            "checkpoint": str(out),
+            "expected": None,
+            "teacher": str(pico_models[name]),
+            "memory": None,
+            "tokenizer": True,
+        }
         for name, out in exports.items()
     }
     (work / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")

@@ -24,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import tools.acceptance_by_layer
 import tools.acceptance_data
 import tools.acceptance_engines
 import tools.acceptance_kernels

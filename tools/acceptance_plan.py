@@ -10,8 +10,9 @@ from typing import Any
 
 from tools.acceptance_base import ROOT, line, run
 
-RECIPES = ("llama", "qwen2", "qwen3")
-ROWS, LENGTH = 4, 512
+RECIPES = {"llama-3.2-1b": "llama", "qwen2.5-0.5b": "qwen2", "qwen3-0.6b": "qwen3"}
+"""Shipped recipes, and the families of their models."""
+ROWS, LENGTH = 4, 1024
 SIZES: dict[str, Any] = {
     "vocab_size": 8192,
     "hidden_size": 768,
@@ -45,18 +46,18 @@ def shrunk(name: str, model: Path) -> Any:
             f"stages.{index}.batch_size={ROWS}",
             f"stages.{index}.tokens={3 * ROWS * LENGTH}",
         ]
-    return load_recipe(str(recipe_path(name)), [*changes, "evaluate.sequence_length=512"])
+    return load_recipe(str(recipe_path(name)), [*changes, f"evaluate.sequence_length={LENGTH}"])
 
 
-def make_model(name: str, folder: Path) -> Path:
-    """A random model of the recipe's family, with the embedded teacher's tokenizer."""
+def make_model(name: str, folder: Path, sizes: dict[str, Any] = SIZES) -> Path:
+    """A random model of a family, with the embedded teacher's tokenizer."""
     import torch
     import transformers
 
     from nha_convert.families import FAMILIES
     from nha_convert.recipe import embedded_teacher
 
-    config = getattr(transformers, f"{FAMILIES[name].prefix}Config")(**SIZES)
+    config = getattr(transformers, f"{FAMILIES[name].prefix}Config")(**sizes)
     with torch.random.fork_rng():
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(embedded_teacher()).save_pretrained(folder)
@@ -77,14 +78,15 @@ def measured_peak(name: str, index: int, model: str) -> int:
     tokenizer = AutoTokenizer.from_pretrained(model)
     with tempfile.TemporaryDirectory() as folder:
         training_dataset(recipe, index, tokenizer)  # tokenises before anything is measured
-        before = _status("VmRSS")
+        before = process_bytes("VmRSS")
         student = load_student(Path(model), recipe.nha, dtype=torch.float32)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         run_stage(student, tokenizer, recipe, index, Path(folder), quiet=True)
-        return _status("VmHWM") - before
+        return process_bytes("VmHWM") - before
 
 
-def _status(name: str) -> int:
+def process_bytes(name: str) -> int:
+    """A size of this process: VmRSS, what is resident now; VmHWM, the most since `clear_refs`."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(text.split()[1]) * 1024 for text in lines if text.startswith(f"{name}:"))
 
@@ -94,9 +96,9 @@ def plan() -> dict[str, Any]:
     from nha_convert.plan_memory import PARTS, stage_cost
 
     values: dict[str, Any] = {}
-    for name in RECIPES:
+    for name, family in RECIPES.items():
         with tempfile.TemporaryDirectory() as folder:
-            model = make_model(name, Path(folder) / "model")
+            model = make_model(family, Path(folder) / "model")
             recipe = shrunk(name, model)
             for index, stage in enumerate(recipe.stages):
                 cost = stage_cost(recipe, index)

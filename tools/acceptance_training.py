@@ -88,3 +88,15 @@ def alignment_speed() -> dict[str, Any]:
         for name, rate in rates.items()
     )
     return {"measured": text, "met": shares["demo"] >= 0.45, "values": rates}
+
+
+@line(
+    "recipes",
+    "every shipped recipe: validates, plans against its model's public shapes, two steps of every stage on a shrunken "
+    "random model of its family",
+    "pass",
+)
+def recipes() -> dict[str, Any]:
+    done = run([sys.executable, "-m", "pytest", "-q", "tests/train/test_shipped_recipes.py"], ROOT)
+    text = done.stdout.strip().splitlines()[-1].strip("= ").rsplit(" in ", 1)[0]
+    return {"measured": text, "met": "failed" not in text and "error" not in text}

@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from nha_kernels import nha_decode
+from nha_kernels import floors, nha_decode
 
-from . import floors, gsa
+from . import gsa
 from .cases import Case, DecodeCase, Inputs, Shape, make_inputs, make_state, plan
 from .contenders import BASELINES, GSA, KINDS, Baseline, callables, check_baseline, decode_sdpa, ours, sdpa_choice
 from .gate import LIMITS, RedGate, check_attention, check_decode

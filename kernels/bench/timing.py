@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-
-from .floors import Peaks
+from nha_kernels.floors import Peaks
 
 FLUSH_BYTES = 1 << 30
 """Written before each run: pushes the inputs out of L2, and at 3 to 4 TB/s keeps the device busy for about 0.3 ms, so

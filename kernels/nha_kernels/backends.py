@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -14,6 +15,20 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+_as_on_gpu = False
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Inside, calls are dispatched as if their tensors were on a GPU: for fake tensors, on which no kernel runs."""
+    global _as_on_gpu
+    before, _as_on_gpu = _as_on_gpu, True
+    try:
+        yield
+    finally:
+        _as_on_gpu = before
 
 
 def named(backend: str) -> str:
@@ -43,9 +58,10 @@ def choose_backend(
         RuntimeError: "triton" was asked for by name and cannot run this call; "auto" falls back with one warning.
     """
     name = named(backend)
-    if name not in ("auto", "triton") or (name == "auto" and q.device.type != "cuda"):
+    device = "cuda" if _as_on_gpu else q.device.type
+    if name not in ("auto", "triton") or (name == "auto" and device != "cuda"):
         return "torch" if name == "auto" else name
-    reason = _obstacle(q.device.type, q.dtype, q.shape[-1], q.shape[2] // log_decay.shape[2], log_decay.shape[3])
+    reason = _obstacle(device, q.dtype, q.shape[-1], q.shape[2] // log_decay.shape[2], log_decay.shape[3])
     if not reason and state_dtype != torch.float32:
         reason = f"its state's slots are {state_dtype}, the kernels keep fp32"
     if not reason:

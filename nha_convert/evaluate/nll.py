@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from nha_convert.devices import input_device
 from nha_convert.modeling.attention_nha import teacher_mode
 
 Buckets = Sequence[tuple[int, int]]
@@ -89,7 +90,7 @@ def logits_of(model: Any) -> Callable[[Tensor], Tensor]:
     """ids [B, T] -> logits [B, T, V], in the mode and branch the model is in when called."""
 
     def read(ids: Tensor) -> Tensor:
-        logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
+        logits: Tensor = model(input_ids=ids.to(input_device(model)), use_cache=False).logits
         return logits
 
     return read

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from nha_convert.devices import input_device
 from nha_convert.evaluate.nll import evaluating
 from nha_convert.evaluate.recall_tasks import TOKENS_PER_STATEMENT, AssociativeRecall, RecallTask, TaskGenerator
 from nha_convert.recall_documents import RecallDocument
@@ -173,7 +174,7 @@ def _exact_matches(model: Any, tokenizer: Any, ids: Tensor, answer: int, bar: An
     batch = max(1, PROMPT_BUDGET // ids.shape[1])
     hits = 0
     for rows in ids.split(batch):
-        rows = rows.to(model.device)
+        rows = rows.to(input_device(model))
         prompt, expected = rows[:, :-answer], rows[:, -answer:]
         output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)  # [B,<=P+A]
         generated = output[:, prompt.shape[1] :]

@@ -312,7 +312,13 @@ class NHAForCausalLMMixin(NHAPreTrainedMixin):
 
 def _model_classes(family: Family) -> tuple[Any, Any]:
     """The decoder and the language model of a family."""
-    shared = {"config_class": CONFIGS[family.model_type], "__module__": __name__}
+    base = getattr(transformers, f"{family.prefix}ForCausalLM")
+    shared = {
+        "config_class": CONFIGS[family.model_type],
+        "__module__": __name__,
+        # read from the source of a class's module, which here is another than the experts'
+        "_can_set_experts_implementation": classmethod(lambda cls: base._can_set_experts_implementation()),
+    }
     model = type(
         f"NHA{family.prefix}Model",
         (NHAModelMixin, getattr(transformers, f"{family.prefix}Model")),
@@ -321,7 +327,7 @@ def _model_classes(family: Family) -> tuple[Any, Any]:
     )
     language_model = type(
         f"NHA{family.prefix}ForCausalLM",
-        (NHAForCausalLMMixin, getattr(transformers, f"{family.prefix}ForCausalLM")),
+        (NHAForCausalLMMixin, base),
         shared | {"model_class": model, "__doc__": f"Language model of {family.models} with NHA layers."},
     )
     return model, language_model

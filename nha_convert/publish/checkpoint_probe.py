@@ -4,7 +4,8 @@ Runs alone in a fresh process, with torch, transformers and safetensors only: it
 project, and refuses `nha_convert` and `nha_kernels` even where they are installed, so that what is
 measured is the code in the folder. That code is run: the caller decides whether it may be.
 
-JOB.json: {"checkpoint": folder, "expected": file or null, "teacher": folder or null, "tokenizer": bool}
+JOB.json: {"checkpoint": folder, "expected": file or null, "teacher": folder or null, "memory": bytes or null,
+"tokenizer": bool}
 """
 
 import importlib.abc
@@ -12,6 +13,7 @@ import itertools
 import json
 import math
 import sys
+import tempfile
 from typing import Any
 
 import torch
@@ -170,10 +172,17 @@ def examine_tokenizer(folder: str, vocabulary: int) -> dict[str, Any]:
     return result
 
 
+def within(memory: int | None, scratch: str) -> dict[str, Any]:
+    """Options of `from_pretrained` under which the CPU holds at most `memory` bytes of a model; None sets no limit."""
+    if memory is None:
+        return {}
+    return {"device_map": "auto", "max_memory": {"cpu": memory}, "offload_folder": scratch}
+
+
 @torch.no_grad()
-def probe(job: dict[str, Any]) -> dict[str, Any]:
-    """Everything that is measured, as one flat dictionary."""
-    model = load(job["checkpoint"])
+def probe(job: dict[str, Any], scratch: str) -> dict[str, Any]:
+    """Everything that is measured, as one flat dictionary; `scratch` is a folder for tensors left on disk."""
+    model = load(job["checkpoint"], **within(job["memory"], scratch))
     config = model.config
     bound = 1e-5 if model.dtype == torch.float32 else 2e-2
     routed = model.dtype != torch.float32 and getattr(config, "num_experts", None) is not None
@@ -209,7 +218,8 @@ def main() -> None:
     sys.meta_path.insert(0, Refuse())
     with open(sys.argv[1], encoding="utf-8") as file:
         job = json.load(file)
-    result = probe(job)
+    with tempfile.TemporaryDirectory() as scratch:
+        result = probe(job, scratch)
     with open(sys.argv[2], "w", encoding="utf-8") as file:
         json.dump(result, file)
 

@@ -25,7 +25,7 @@ def compare_with_teacher(model: Any, stored: dict[str, StoredTensor]) -> tuple[d
     """Sort a model's tensors into its own and its teacher's, one at a time, seen in the model's dtype.
 
     Args:
-        model: an NHA language model without adapters.
+        model: an NHA language model without adapters; base tensors on the meta device are its teacher's.
         stored: the teacher's tensors.
     Returns:
         the tensors that must be written from memory (changed and new ones) by name, and the names of changed ones.
@@ -42,7 +42,7 @@ def compare_with_teacher(model: Any, stored: dict[str, StoredTensor]) -> tuple[d
                 own[name] = now
             elif name not in stored:
                 unknown.append(name)
-            else:
+            elif not now.is_meta:  # which was never read, so never changed
                 path = stored[name].path
                 if path not in opened:
                     opened[path] = files.enter_context(safe_open(path, "pt"))

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import get_max_memory
 from rich.console import Console
 
 from ..errors import InputError
@@ -44,6 +45,7 @@ def verify_checkpoint(
     expected: Path | None = None,
     *,
     trust_code: bool = False,
+    offload: bool = False,
     quiet: bool = False,
     python: str | None = None,
 ) -> dict[str, Any]:
@@ -60,6 +62,7 @@ def verify_checkpoint(
         expected: safetensors with `input_ids` [B,T] and the run's `logits` [B,T,V]; None takes the run folder's
             own where the checkpoint lies in one.
         trust_code: run code that another version, or somebody else, wrote.
+        offload: leave on disk what this machine's free memory does not hold; needs accelerate.
         quiet: no progress.
         python: interpreter to use; None is this one.
     Returns:
@@ -95,6 +98,7 @@ def verify_checkpoint(
                 "checkpoint": str(checkpoint),
                 "expected": str(expected) if expected else None,
                 "teacher": str(teacher_dir) if teacher_dir and changed == [] else None,
+                "memory": int(get_max_memory()["cpu"]) if offload else None,
                 "tokenizer": (checkpoint / "tokenizer_config.json").is_file(),
             }
             result, error = _run_probe(job, python or sys.executable)

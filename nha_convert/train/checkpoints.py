@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import zlib
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..errors import WorkError
+from ..errors import InputError, WorkError
 from .engine import copy_whole
 
 COMPLETE = "COMPLETE"
@@ -61,6 +62,21 @@ def load_tensors(model: nn.Module, path: Path) -> None:
         raise WorkError(f"{path}: damaged ({error}); remove {path.parent} and run the stage again") from error
 
 
+def load_plain(path: Path) -> Any:
+    """Reads tensors, numbers and containers of them from a file of `torch.save`; nothing in it is run.
+
+    Raises:
+        InputError: it holds something else, as a file that others made may.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path}: holds more than tensors and numbers, so this version of nha-convert did not write it, and it was "
+            f"not read; remove {path.parent} to go on from the checkpoint before it"
+        ) from error
+
+
 def _checksum(path: Path) -> list[int]:
     """Size and CRC-32 of a file."""
     size = crc = 0
@@ -75,7 +91,7 @@ def _damage(path: Path) -> tuple[dict[str, Any], str]:
     if not (path / COMPLETE).is_file():
         return {}, f"no {COMPLETE} marker"
     try:
-        marker = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+        marker = read_marker(path)
         files = marker["files"]
     except (ValueError, KeyError, TypeError):
         return {}, f"{COMPLETE} is damaged"
@@ -87,6 +103,12 @@ def _damage(path: Path) -> tuple[dict[str, Any], str]:
         if _checksum(path / name) != [size, crc]:
             return marker, f"{name} has other content than was written"
     return marker, ""
+
+
+def read_marker(checkpoint: Path) -> dict[str, Any]:
+    """What a whole checkpoint says of itself: step, identity, text, ranks, files."""
+    marker: dict[str, Any] = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+    return marker
 
 
 def latest_checkpoint(folder: Path) -> tuple[tuple[Path, dict[str, Any]] | None, list[str]]:

@@ -95,6 +95,20 @@ def naming_too_little_memory(job: StageJob) -> Iterator[None]:
         ) from error
 
 
+def not_finite(job: StageJob, step: int, what: str, layer: int) -> WorkError:
+    """The error of a step whose loss or gradient (`what`) is not finite; no weight was touched by it.
+
+    Args:
+        step: from 1.
+        layer: where it is worst.
+    """
+    return WorkError(
+        f"stage {job.name}, step {step}: the {what} is not finite, worst in layer {layer}; lower "
+        f"stages.{job.index}.learning_rate (now {job.settings.learning_rate:g}) and run into another --out; "
+        f"{job.folder} keeps what was trained before"
+    )
+
+
 def check_reporting(report_to: str) -> None:
     """
     Raises:

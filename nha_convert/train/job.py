@@ -31,6 +31,7 @@ class StageJob:
     Attributes:
         quiet: no progress bars.
         stop: set by SIGTERM; the step at hand is finished and saved.
+        text: a digest of the text that the stage trains on, once that is known.
     """
 
     recipe: Recipe
@@ -38,6 +39,7 @@ class StageJob:
     run_dir: Path
     quiet: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
+    text: str = ""
 
     @property
     def settings(self) -> Any:
@@ -94,6 +96,17 @@ class StageJob:
             raise InputError(
                 f"{where}: was trained with other settings than this recipe's (model, seed, nha, data, stages or "
                 f"dtype); use the recipe.yaml of the run folder, or another --out"
+            )
+
+    def check_text(self, found: str, where: Path) -> None:
+        """
+        Raises:
+            InputError: the steps before were trained on other text.
+        """
+        if found != self.text:
+            raise InputError(
+                f"{where}: the text of data.sources is not what its steps were trained on, so the rest of the stage "
+                "would see some of it twice; bring the old text back, or start anew with another --out"
             )
 
     @contextmanager

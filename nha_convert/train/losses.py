@@ -6,12 +6,14 @@ B batch, T time, N predicted tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from .fused_losses import can_fuse, fused_sums
 
 IGNORE = -100
 CHUNK = 1 << 25
@@ -47,6 +49,8 @@ def token_sums(
 ) -> dict[str, torch.Tensor]:
     """Losses of next-token distributions, from hidden states, the head applied to a few tokens at a time.
 
+    On a GPU with Liger-Kernel installed, its fused kernels compute them (`fused_losses`).
+
     Args:
         head: language-model head, hidden -> V.
         student, teacher: [B, T, hidden] final hidden states; the teacher's is needed for `kl` and `reverse_kl`.
@@ -60,6 +64,9 @@ def token_sums(
     wanted = targets.flatten()[there]  # [N]
     rows = student.flatten(0, 1)[there]  # [N,hidden]
     teacher_rows = None if teacher is None else teacher.flatten(0, 1)[there]  # [N,hidden]
+
+    if can_fuse(head, rows):
+        return fused_sums(cast(nn.Linear, head), rows, teacher_rows, wanted, functions)
 
     def chunk(rows: torch.Tensor, teacher_rows: torch.Tensor | None, wanted: torch.Tensor) -> torch.Tensor:
         mine = _log_probabilities(head, rows, functions)

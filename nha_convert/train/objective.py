@@ -54,6 +54,10 @@ class Objective(nn.Module, ABC):
         """Optimizer groups: `name`, `params`, `lr`, `weight_decay`."""
         return self.selection.groups
 
+    def clipped_apart(self) -> list[list[nn.Parameter]]:
+        """What learns, in parts whose gradients are clipped each on its own."""
+        return [[tensor for group in self.groups() for tensor in group["params"]]]
+
     def begin_step(self, step: int) -> None:
         """Told before the first micro-batch of each optimizer step, on every rank; what is drawn depends on it.
 
@@ -118,10 +122,14 @@ class Objective(nn.Module, ABC):
     # ---- what objectives share -----------------------------------------------------------------
     @staticmethod
     def run(model: Any, batch: Batch) -> torch.Tensor:
-        """Final hidden states [B, T, hidden] of the model without its head; documents stand apart by position_ids."""
+        """Final hidden states [B, T, hidden] of the model without its head; documents stand apart by position_ids.
+
+        A batch with `hidden_states` [B, T, hidden] enters the first layer with them.
+        """
         decoder = getattr(model, model.base_model_prefix)
-        positions = batch.get("position_ids")
-        return decoder(input_ids=batch["input_ids"], position_ids=positions, use_cache=False).last_hidden_state
+        states = batch.get("hidden_states")
+        inputs = {"input_ids": batch["input_ids"]} if states is None else {"inputs_embeds": states}
+        return decoder(**inputs, position_ids=batch.get("position_ids"), use_cache=False).last_hidden_state
 
     @contextmanager
     def teaching(self) -> Iterator[Any]:

@@ -18,7 +18,15 @@ from ..devices import world_of
 from ..errors import InputError, WorkError
 from ..files import write_json
 from ..recipe import Recipe
-from .checkpoints import latest_checkpoint, load_tensors, remove_checkpoints, trained_tensors, write_tensors
+from .by_layer import LayerwiseTrainer
+from .checkpoints import (
+    latest_checkpoint,
+    load_tensors,
+    read_marker,
+    remove_checkpoints,
+    trained_tensors,
+    write_tensors,
+)
 from .engine import Engine, whole
 from .faults import naming_a_full_disk, naming_lost_ranks, naming_too_little_memory
 from .job import StageJob
@@ -40,6 +48,7 @@ def run_stage(
     teacher: Callable[[], nn.Module] | None = None,
     engine: Engine | None = None,
     device: torch.device | None = None,
+    base: Path | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Trains `recipe.stages[index]` in place, or loads its result where it is done.
 
@@ -54,6 +63,8 @@ def run_stage(
         teacher: gives the base model, on the student's device; called where `Recipe.needs_teacher` says so.
         engine: the processes that train together; one if not given.
         device: where this process computes; the model's if not given.
+        base: folder of the base model; read where `Recipe.by_layer` says so. There the base tensors of `model` may be
+            on disk (`load_streamed`).
     Returns:
         The model (adapters merged, in eval mode) and the content of done.json.
     Raises:
@@ -81,8 +92,15 @@ def run_stage(
         checkpoint = engine.from_main(_starting_point(job, resume) if engine.main else None)
         with engine.main_first(f"{job.name}/data"):
             dataset = training_dataset(recipe, index, tokenizer, quiet=quiet or not engine.main)
+        job.text = dataset.fingerprint
+        if checkpoint is not None:
+            job.check_text(read_marker(checkpoint).get("text", ""), checkpoint)
+        trainer: NHATrainer | LayerwiseTrainer
         try:
-            trainer, tensors = _train(objective, job, dataset, device, engine, checkpoint)
+            if recipe.by_layer(index):
+                trainer, tensors = _train_by_layer(objective, job, dataset, device, base, checkpoint)
+            else:
+                trainer, tensors = _train(objective, job, dataset, device, engine, checkpoint)
         finally:
             model.config.use_cache = use_cache
         done = _summary(trainer, tensors)
@@ -132,21 +150,34 @@ def _train(
     return trainer, objective.finish()
 
 
-def _train_steps(trainer: NHATrainer, checkpoint: Path | None) -> None:
+def _train_by_layer(
+    objective: Objective, job: StageJob, dataset: Any, device: torch.device, base: Path | None, checkpoint: Path | None
+) -> tuple[LayerwiseTrainer, dict[str, torch.Tensor]]:
+    """`_train` with a few layers in memory at a time."""
+    if base is None:
+        raise ValueError("runtime.layers_at_once reads layers from the base model's folder, and none was given")
+    trainer = LayerwiseTrainer(objective, job, dataset, device, base)
+    _train_steps(trainer, checkpoint)
+    return trainer, objective.finish()
+
+
+def _train_steps(trainer: NHATrainer | LayerwiseTrainer, checkpoint: Path | None) -> None:
     job = trainer.job
     try:
         with job.stopping_on_sigterm(), naming_too_little_memory(job):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
-        trainer.stage_callback.close()
+        trainer.close()
     if trainer.stopping:
+        step = trainer.state.global_step
+        kept = "which is saved" if step else "before the first checkpoint"
         raise WorkError(
-            f"stage {job.name}: stopped by SIGTERM at step {trainer.state.global_step} of {trainer.state.max_steps}, "
-            f"which is saved; {job.how_to_resume}"
+            f"stage {job.name}: stopped by SIGTERM at step {step} of {trainer.state.max_steps}, {kept}; "
+            f"{job.how_to_resume}"
         )
 
 
-def _summary(trainer: NHATrainer, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _summary(trainer: NHATrainer | LayerwiseTrainer, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The content of done.json; `first` and `last` hold loss and per-layer errors, of step 1 and of the last row."""
     job, settings = trainer.job, trainer.job.settings
     return {

@@ -7,26 +7,34 @@ them, so neither the cut of a batch nor the number of processes changes it.
 from __future__ import annotations
 
 import json
-import random
+import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from ..errors import WorkError
 from .batches import ITEM, BatchPlan, batch_loader, plan_batches
-from .checkpoints import TRAINED, begin_checkpoint, finish_checkpoint, load_tensors, trained_tensors, write_tensors
+from .checkpoints import (
+    TRAINED,
+    begin_checkpoint,
+    finish_checkpoint,
+    load_plain,
+    load_tensors,
+    trained_tensors,
+    write_tensors,
+)
 from .engine import Engine, clip_gradients, load_optimizer_state, optimizer_state, whole
-from .faults import naming_a_full_disk
+from .faults import naming_a_full_disk, not_finite
 from .job import StageJob
 from .metrics import Meter
 from .objective import Objective
-from .progress import StageProgress
+from .random_state import random_state, set_random_state
+from .stage_rows import StageRows
 from .wrapping import ShardedStep
 
 METER, OPTIMIZER, SCHEDULER, RANDOM = "meter.json", "optimizer.pt", "scheduler.pt", "random.pt"
@@ -54,14 +62,13 @@ class NHATrainer(Trainer):
         settings, runtime = job.settings, job.recipe.runtime
         where = f"stages.{job.index}"
         self.plan = plan_batches(settings.batch_size, self.engine.world, runtime.micro_batch, where)
-        self.metrics_file = job.metrics()
         self.stopping = False
         self._step_batches: list[dict[str, torch.Tensor]] = []
         self._step_losses: list[torch.Tensor] = []
         self.stage_callback = StageCallback(self)
         self.groups = objective.groups()
         self.learned = [tensor for group in self.groups for tensor in group["params"]]
-        optimizer = torch.optim.AdamW(self.groups, betas=(0.9, 0.99), weight_decay=0.0)
+        optimizer = stage_adamw(self.groups)
         super().__init__(
             model=objective,
             args=stage_arguments(job, device, self.plan),
@@ -113,9 +120,9 @@ class NHATrainer(Trainer):
             WorkError: the loss or a gradient is not finite; no weight has been touched by it.
         """
         self.engine.sum_whole_gradients(self.learned)
-        norm = clip_gradients(self.learned, MAX_NORM)
         losses = torch.stack(self._step_losses)
-        flags = [~torch.isfinite(losses).all(), ~torch.isfinite(norm).to(losses.device)]
+        norm = clip_apart(self.objective.clipped_apart()).to(losses.device)
+        flags = [~torch.isfinite(losses).all(), ~torch.isfinite(norm)]
         stop = torch.tensor(self.job.stop.is_set(), device=losses.device)
         bad_loss, bad_norm, stopping = self.engine.highest(torch.stack([*flags, stop]).int()).tolist()
         if bad_loss or bad_norm:
@@ -131,18 +138,18 @@ class NHATrainer(Trainer):
         batch = self._prepare_inputs(_columns(self._step_batches[worst]))
         found = self.engine.gather((all(finite), self.objective.worst_layer(batch)))
         layer = next((layer for good, layer in found if not good), found[0][1])
-        job = self.job
-        raise WorkError(
-            f"stage {job.name}, step {self.state.global_step + 1}: the {what} is not finite, worst in layer "
-            f"{layer}; lower stages.{job.index}.learning_rate (now {job.settings.learning_rate:g}) and "
-            f"run into another --out; {job.folder} keeps what was trained before"
-        )
+        raise not_finite(self.job, self.state.global_step + 1, what, layer)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         return grad_norm  # it has been found while clipping
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # nothing reads it, and counting walks all parameters at each step
+
+    def close(self) -> None:
+        """Ends the progress line, also after an error."""
+        if self.stage_callback.rows is not None:
+            self.stage_callback.rows.close()
 
     # ---- checkpoints ---------------------------------------------------------------------------
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -167,15 +174,8 @@ class NHATrainer(Trainer):
             raise WorkError(problem)
 
     def _write_checkpoint(self, tensors: dict[str, torch.Tensor], optimizer: Any, states: list[Any]) -> None:
-        step = self.state.global_step
-        partial = begin_checkpoint(self.job.folder, step)
-        write_tensors(partial / TRAINED, tensors)
-        for name, content in ((OPTIMIZER, optimizer), (SCHEDULER, self.lr_scheduler.state_dict()), (RANDOM, states)):
-            with (partial / name).open("wb") as file:  # which says why a write fails; a path would not
-                torch.save(content, file)
-        (partial / METER).write_text(json.dumps(self.meter.state()), encoding="utf-8")
-        self.state.save_to_json(str(partial / "trainer_state.json"))
-        finish_checkpoint(partial, {"step": step, "identity": self.job.identity(), "ranks": self.engine.world})
+        plain = {OPTIMIZER: optimizer, SCHEDULER: self.lr_scheduler.state_dict(), RANDOM: states}
+        write_checkpoint(self.job, self.state, tensors, plain, self.meter, self.engine.world)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -185,14 +185,14 @@ class NHATrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        load_optimizer_state(self.optimizer, torch.load(Path(checkpoint) / OPTIMIZER, weights_only=True))
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+        load_optimizer_state(self.optimizer, load_plain(Path(checkpoint) / OPTIMIZER))
+        self.lr_scheduler.load_state_dict(load_plain(Path(checkpoint) / SCHEDULER))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Each rank's own random state; where there were fewer ranks, one that depends on seed, step and rank."""
         if checkpoint is None:
             return
-        states = torch.load(Path(checkpoint) / RANDOM, weights_only=False)  # our own file, its checksum was compared
+        states = load_plain(Path(checkpoint) / RANDOM)
         if self.engine.rank < len(states):
             set_random_state(states[self.engine.rank])
         else:
@@ -200,57 +200,29 @@ class NHATrainer(Trainer):
 
 
 class StageCallback(TrainerCallback):
-    """Rows of metrics.jsonl, the progress line, and the stop that SIGTERM asks for."""
+    """Tells `StageRows` of every step, and ends the training where SIGTERM asks for it."""
 
     def __init__(self, trainer: NHATrainer) -> None:
         self.trainer, self.job = trainer, trainer.job
         self.rates: dict[str, float] = {}
-        self.progress: StageProgress | None = None
+        self.rows: StageRows | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        engine = self.trainer.engine
+        trainer, engine = self.trainer, self.trainer.engine
         if engine.rank and not state.global_step:  # other adapters' dropout than rank 0's
             torch.manual_seed(self.job.seed * 1_003 + engine.rank)
-        quiet = self.job.quiet or not engine.main
-        self.progress = StageProgress(self.job.name, state.max_steps, state.global_step, quiet=quiet)
-        self.trainer.meter.start()
+        self.rows = StageRows(
+            self.job, trainer.meter, engine, total=state.max_steps, done=state.global_step, log=trainer.log
+        )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.rates = {group["name"]: group["lr"] for group in self.trainer.optimizer.param_groups}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step, every = state.global_step, self.job.recipe.runtime.logging_steps
-        if step == 1 or step % every == 0 or step == state.max_steps:
-            means, items, steps_per_second = self.trainer.meter.take(self.trainer.engine)
-            if self.trainer.engine.main:
-                self._row(step, means, items, steps_per_second * self._tokens_per_step())
-        if self.progress is not None:
-            self.progress.step()
+        assert self.rows is not None
+        self.rows.step(state.global_step, self.rates)
         if self.trainer.stopping:
             control.should_save = control.should_training_stop = True
-
-    def _row(self, step: int, means: dict[str, float], items: list[list[int]], rate: float) -> None:
-        row = {
-            "step": step,
-            "tokens": step * self._tokens_per_step(),
-            **{name: round(value, 6) for name, value in means.items()},
-            **self.rates,
-            "tokens_per_second": round(rate, 1),
-            "seconds": round(self.trainer.meter.seconds, 1),
-        }
-        self.trainer.metrics_file.append({**row, "items": items})
-        if self.job.recipe.runtime.report_to != "none":
-            self.trainer.log({f"{self.job.name}/{name}": value for name, value in row.items()})
-        if self.progress is not None:
-            self.progress.row(means, rate)
-
-    def _tokens_per_step(self) -> int:
-        return self.job.settings.batch_size * self.job.settings.sequence_length
-
-    def close(self) -> None:
-        """Ends the line, also after an error."""
-        if self.progress is not None:
-            self.progress.close()
 
 
 def _columns(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -258,19 +230,49 @@ def _columns(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in batch.items() if name != ITEM}
 
 
-def random_state() -> dict[str, Any]:
-    """The states of all random generators of this process."""
-    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state(), "gpu": gpu}
+def stage_adamw(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+    """The optimizer of every stage."""
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Takes what `random_state` gave."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["cpu"])
-    if state["gpu"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["gpu"])
+def clip_apart(parts: list[list[nn.Parameter]], of: int | None = None) -> torch.Tensor:
+    """Scales the gradients of each part so that all of them together keep within `MAX_NORM`.
+
+    Args:
+        parts: each is scaled on its own.
+        of: parts in all, where only some are given.
+    Returns:
+        0-dim norm of all gradients before that.
+    """
+    limit = MAX_NORM / math.sqrt(of or len(parts))
+    return torch.stack([clip_gradients(part, limit).cpu() for part in parts]).norm()
+
+
+def write_checkpoint(
+    job: StageJob,
+    state: TrainerState,
+    tensors: dict[str, torch.Tensor],
+    plain: dict[str, Any],
+    meter: Meter,
+    ranks: int,
+) -> None:
+    """Everything that a run needs to go on after step `state.global_step`.
+
+    Args:
+        tensors: what learns, by name.
+        plain: `OPTIMIZER`, `SCHEDULER` and `RANDOM` by file name: tensors, numbers and containers of them.
+        meter: rank 0's, after `fold`.
+        ranks: processes.
+    """
+    partial = begin_checkpoint(job.folder, state.global_step)
+    write_tensors(partial / TRAINED, tensors)
+    for name, content in plain.items():
+        with (partial / name).open("wb") as file:  # which says why a write fails; a path would not
+            torch.save(content, file)
+    (partial / METER).write_text(json.dumps(meter.state()), encoding="utf-8")
+    state.save_to_json(str(partial / "trainer_state.json"))
+    marker = {"step": state.global_step, "identity": job.identity(), "text": job.text, "ranks": ranks}
+    finish_checkpoint(partial, marker)
 
 
 def stage_arguments(job: StageJob, device: torch.device, plan: BatchPlan) -> TrainingArguments:

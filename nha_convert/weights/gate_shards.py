@@ -50,13 +50,13 @@ def write_gates(
         prefix = modules[id(attention)]
         key = f"{prefix}.k_proj.weight"
         with safe_open(base[key].path, "pt") as file:
-            tensors = _layer_tensors(attention.nha, file.get_tensor(key), nha.gate_init, layer_seed(seed, index))
+            tensors = layer_gates(attention.nha, file.get_tensor(key), nha.gate_init, layer_seed(seed, index))
         for name, tensor in tensors.items():
             write_tensor(places[f"{prefix}.nha.{name}"], raw_bytes(tensor))
     return places
 
 
-def _layer_tensors(gate: Any, key_weight: torch.Tensor, method: str, seed: int) -> dict[str, torch.Tensor]:
+def layer_gates(gate: Any, key_weight: torch.Tensor, method: str, seed: int) -> dict[str, torch.Tensor]:
     """One layer's new tensors, by their names under `nha`."""
     weight, bias = gate_parameters(
         key_weight, method, groups=gate.groups, slots=gate.slots, tau=gate.tau, seed=seed

@@ -116,7 +116,29 @@ def test_plan(pico_llama: Path, tmp_path: Path) -> None:
     assert json.loads(again.stdout) == plan
     table = nha_convert(*arguments, cwd=tmp_path).stdout
     assert "peak memory" in table and "distill" in table
+    assert (plan["gpu"]["name"], plan["gpu"]["count"]) == ("H100", 1) and "in all on H100" in table
+    four = json.loads(nha_convert(*arguments, "--json", "--gpu", "mi300x", "--gpus", 4, cwd=tmp_path).stdout)
+    assert (four["gpu"]["name"], four["gpu"]["count"]) == ("MI300X", 4)
+    assert 0 < four["hours"] < plan["hours"] / 4
+    assert [row["training_flops"] for row in four["stages"]] == [row["training_flops"] for row in plan["stages"]]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "demo", "--gpu", "T4"], "--gpu: no GPU named 'T4' is known; allowed: A100-40GB, A100-80GB, H100,"),
+        (["plan", "demo", "--gpus", 0], "--gpus: a number of at least 1 is needed, found 0"),
+        (["plan", "demo", "--gpus", 64], "stages.0.batch_size: 4 rows cannot be dealt out to 64 processes"),
+        (["run", "demo", "--dry-run", "--gpu", "T4"], "--gpu: no GPU named 'T4' is known"),
+        (["run", "demo", "--gpu", "H100"], "--gpu and --gpus belong to --dry-run, which was not given"),
+    ],
+)
+def test_gpus_that_are_none(tmp_path: Path, arguments: list[Any], words: str) -> None:
+    answer = nha_convert(*arguments, cwd=tmp_path)
+    assert answer.returncode == 2
+    assert len(answer.stderr.splitlines()) == 1 and answer.stderr.startswith(f"error: {words}"), answer.stderr
+    assert answer.stdout == "" and list(tmp_path.iterdir()) == []
 
 
 # ---- run: what the command adds to the pipeline ---------------------------------------------------

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench import contenders, floors, gate, gsa, run, session, targets
+from bench import contenders, gate, gsa, run, session, targets
 from bench.cases import LLAMA, QWEN, TOY, Case, DecodeCase, K, make_inputs, plan, with_sizes
-from nha_kernels import nha_attention
+from nha_kernels import floors, nha_attention
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 ROOT = Path(__file__).resolve().parents[2]

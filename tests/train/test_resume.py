@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -9,12 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from stages import make_recipe, train
 
 from nha_convert.errors import InputError, WorkError
 from nha_convert.train import checkpoints, trainer
+from nha_convert.train.random_state import random_state, set_random_state
 
 PLACES = ("optimizer:0:4", "step:0:6", "done:0", "step:1:5", "marker:1:8")
 TIMES = ("seconds", "tokens_per_second")
@@ -195,3 +198,58 @@ def test_checkpoints_hold_only_what_learns(pico_llama: Path, text: Path, tmp_pat
         "stages/02-distill/done.json",
         "stages/02-distill/trained.safetensors",
     ]
+
+
+def test_a_checkpoint_of_others_runs_no_code(
+    pico_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checksums prove that a file is whole, not who wrote it."""
+    marker = tmp_path / "ran"
+
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {marker}",)
+
+    def write(self: Any, *found: Any) -> None:
+        real(self, *found)
+        raise WorkError("stopped after the first checkpoint")
+
+    real = trainer.NHATrainer._write_checkpoint
+    with monkeypatch.context() as patch, pytest.raises(WorkError, match="stopped after"):
+        patch.setattr(trainer, "random_state", Hostile)
+        patch.setattr(trainer.NHATrainer, "_write_checkpoint", write)
+        train(pico_llama, tmp_path / "run", make_recipe(text))
+    with pytest.raises(InputError, match=r"random\.pt: holds more than tensors and numbers"):
+        train(pico_llama, tmp_path / "run", make_recipe(text), resume=True)
+    assert not marker.exists()
+
+
+def test_random_states_come_back() -> None:
+    random.gauss(0, 1)
+    np.random.normal()
+    kept = random_state()
+    drawn = [(random.random(), random.gauss(0, 1), np.random.normal(), torch.rand(3).tolist()) for _ in range(2)]
+    set_random_state(kept)
+    again = [(random.random(), random.gauss(0, 1), np.random.normal(), torch.rand(3).tolist()) for _ in range(2)]
+    assert again == drawn
+
+
+def test_other_text_under_the_same_name_is_refused(
+    pico_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "mine.txt"
+    shutil.copyfile(text, mine)
+
+    def finish(partial: Path, marker: dict[str, Any]) -> None:
+        real(partial, marker)
+        raise WorkError("stopped after the first checkpoint")
+
+    real = checkpoints.finish_checkpoint
+    with monkeypatch.context() as patch, pytest.raises(WorkError, match="stopped after"):
+        patch.setattr(trainer, "finish_checkpoint", finish)
+        train(pico_llama, tmp_path / "run", make_recipe(mine))
+    mine.write_text(mine.read_text()[::-1])
+    with pytest.raises(InputError, match=r"checkpoint-4: the text of data.sources is not what its steps were trained"):
+        train(pico_llama, tmp_path / "run", make_recipe(mine), resume=True)
+    shutil.copyfile(text, mine)
+    train(pico_llama, tmp_path / "run", make_recipe(mine), resume=True)

@@ -27,10 +27,12 @@ class AlignObjective(Objective):
 
     One pass of the teacher feeds all layers. Each layer's error is differentiated while it is computed, so the graph
     of one layer at a time is alive, and the backbone has none. With `memory_weight` a second term is the same error of
-    the layer with its slots alone.
+    the layer with its slots alone. No layer's training depends on another's: gradients are clipped layer by layer.
     """
 
     settings: Any
+    stops_early = True
+    """Whether a pass of the teacher ends at the last layer that is compared."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -46,13 +48,29 @@ class AlignObjective(Objective):
         """Rows."""
         return torch.tensor(len(batch["input_ids"]), device=batch["input_ids"].device)
 
+    def number(self, index: int) -> int:
+        """The place in the whole model of a layer of `model`."""
+        return index
+
+    @property
+    def layer_count(self) -> int:
+        """Layers of the whole model that run NHA in this stage."""
+        return len(self.layers)
+
+    def clipped_apart(self) -> list[list[nn.Parameter]]:
+        """What learns, layer by layer."""
+        return [[tensor for tensor in layer.parameters() if tensor.requires_grad] for _, layer in self.layers]
+
     def begin_step(self, step: int) -> None:
         """Draws each layer's window of this step, where the stage has `random_windows`."""
         super().begin_step(step)
         choices = self.settings.random_windows
         if choices is not None:
-            rng = random.Random(f"{self.seed}/windows/{step}")
-            self.model.set_windows({index: rng.choice(choices) for index, _ in self.layers})
+            drawn = {
+                index: random.Random(f"{self.seed}/windows/{step}/{self.number(index)}").choice(choices)
+                for index, _ in self.layers
+            }
+            self.model.set_windows(drawn)
 
     def finish(self) -> dict[str, torch.Tensor]:
         tensors = super().finish()
@@ -67,7 +85,7 @@ class AlignObjective(Objective):
         shares: list[torch.Tensor] = []
         gradients: dict[int, torch.Tensor] = {}
         with self.teaching() as teacher, self._measuring(teacher, errors, shares, gradients), suppress(_Seen):
-            self.run(teacher, batch)
+            self.seen(self.run(teacher, batch))
         learned = [tensor for group in self.groups() for tensor in group["params"]]
         if any(isinstance(tensor, DTensor) for tensor in learned):  # whose gradients only FSDP2's own backward gathers
             raise InputError(
@@ -76,6 +94,9 @@ class AlignObjective(Objective):
             )
         given = [gradients.get(id(tensor)) for tensor in learned]
         return _Given.apply(torch.stack(shares).sum(), given, *learned), errors
+
+    def seen(self, states: torch.Tensor) -> None:
+        """Told the teacher's final hidden states [B, T, hidden], where its pass came to the end."""
 
     def _windows_drawn(self) -> bool:
         return all(layer.nha_window in self.settings.random_windows for _, layer in self.layers)
@@ -109,13 +130,13 @@ class AlignObjective(Objective):
                 kept: dict[str, torch.Tensor] = kept,
             ) -> None:
                 with self._as_student(own), _using(own, kept):
-                    share = self._share(index, own, args, kwargs, output[0], errors) / len(students)
+                    share = self._share(index, own, args, kwargs, output[0], errors) / self.layer_count
                     shares.append(share.detach())
                     if share.requires_grad:  # not where nothing has left the window
                         learned = [tensor for tensor in own.parameters() if tensor.requires_grad]
                         found = torch.autograd.grad(share, learned, allow_unused=True)
                         gradients.update((id(t), g) for t, g in zip(learned, found) if g is not None)
-                if index == students[-1][0] and not sharded:
+                if index == students[-1][0] and self.stops_early and not sharded:
                     raise _Seen  # what comes after the last layer that is compared is not needed
 
             handles.append(teachers[index].register_forward_hook(hook, with_kwargs=True))
@@ -141,13 +162,13 @@ class AlignObjective(Objective):
     ) -> torch.Tensor:
         """One layer's loss, summed over rows; fills in its errors."""
         error = row_errors(student.forward(*args, **kwargs)[0], wanted).sum()
-        errors[error_name(index)] = error.detach()
+        errors[error_name(self.number(index))] = error.detach()
         weight = self.settings.memory_weight
         if not weight:
             return error
         student.nha_branch = "slots"
         memory = row_errors(student.forward(*args, **kwargs)[0], wanted).sum()
-        errors[memory_name(index)] = memory.detach()
+        errors[memory_name(self.number(index))] = memory.detach()
         return error + weight * memory
 
     def worst_layer(self, batch: Batch) -> int:

@@ -1,7 +1,7 @@
-"""What a layer must at least compute and move, and how long a device needs for that.
+"""What an attention layer must at least compute and move, and how long a device needs for that. Plain numbers only.
 
-Counted for the planned launches (forward 2, backward 5, decode 1) with rotation inside the kernel, bf16 tensors and
-fp32 slots; every formula of this kind stands here and nowhere else.
+Counted for the launches of the Triton path (forward 2, backward 5, decode 1) with rotation inside the kernel and fp32
+slots, and for softmax attention over all tokens; every formula of this kind stands here and nowhere else.
 
 Legend: T time, H query heads, G key/value heads, R = H / G, D head_dim, M slots, W window.
 """
@@ -10,10 +10,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .cases import Shape
-
 TILE = 64  # rows of a tile: intra-tile products, waste at the window's edges, one stored slot state per tile
 HALF, SINGLE = 2, 4  # bytes of bf16 and fp32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one attention layer."""
+
+    model: str
+    heads: int
+    groups: int
+    head_dim: int
+    slots: int
+    window: int
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Measured ceilings: bf16 matrix FLOP/s, and bytes/s of a device copy (read and written both counted)."""
+    """Ceilings: matrix FLOP/s, and bytes/s of a device copy (read and written both counted)."""
 
     flops: float
     bandwidth: float
@@ -47,16 +57,16 @@ class _Bytes:
     scores: float  # P and dS over the slots
 
     @classmethod
-    def of(cls, s: Shape) -> _Bytes:
+    def of(cls, s: Shape, element: int) -> _Bytes:
         return cls(
-            query=s.heads * s.head_dim * HALF,
-            key=s.groups * s.head_dim * HALF,
-            gate=s.groups * s.slots * HALF,
+            query=s.heads * s.head_dim * element,
+            key=s.groups * s.head_dim * element,
+            gate=s.groups * s.slots * element,
             decay=s.groups * s.slots * SINGLE,
-            write=s.groups * s.slots * HALF,
-            state=2 * s.slots * s.head_dim * HALF * s.groups / TILE,
+            write=s.groups * s.slots * element,
+            state=2 * s.slots * s.head_dim * element * s.groups / TILE,
             lse=s.heads * SINGLE,
-            scores=2 * s.heads * s.slots * HALF,
+            scores=2 * s.heads * s.slots * element,
         )
 
 
@@ -75,16 +85,17 @@ def window_keys(window: int, time: int | None) -> float:
     return seen * (1 - seen / (2 * time)) + TILE
 
 
-def forward(s: Shape, time: int | None = None) -> Work:
+def forward(s: Shape, time: int | None = None, element: int = HALF) -> Work:
     """Forward of one token: slot states; fused scores, softmax and read-out.
 
     Args:
         s: the layer.
         time: T, as in `window_keys`.
+        element: bytes of a number of the call's tensors.
     Returns:
         FLOPs and bytes per token.
     """
-    d, m, b = s.head_dim, s.slots, _Bytes.of(s)
+    d, m, b = s.head_dim, s.slots, _Bytes.of(s, element)
     slots = 4 * m * d + 4 * TILE * d + 4 * TILE * m
     states = 4 * m * d * s.groups / s.heads
     near = 4 * d * window_keys(s.window, time)
@@ -95,16 +106,17 @@ def forward(s: Shape, time: int | None = None) -> Work:
     )
 
 
-def backward(s: Shape, time: int | None = None) -> Work:
+def backward(s: Shape, time: int | None = None, element: int = HALF) -> Work:
     """Backward of one token, slot states recomputed.
 
     Args:
         s: the layer.
         time: T, as in `window_keys`.
+        element: bytes of a number of the call's tensors.
     Returns:
         FLOPs and bytes per token.
     """
-    d, m, b = s.head_dim, s.slots, _Bytes.of(s)
+    d, m, b = s.head_dim, s.slots, _Bytes.of(s, element)
     q_side = 3 * (2 * m * d + 2 * TILE * d + 2 * TILE * m)
     scan = 4 * m * d
     kv_side = 8 * TILE * d + 8 * TILE * m + 8 * m * d * s.groups / s.heads
@@ -121,6 +133,29 @@ def backward(s: Shape, time: int | None = None) -> Work:
     return Work(s.heads * (q_side + scan + kv_side + gates + near), launches, io)
 
 
+def softmax_forward(s: Shape, time: int, reach: int | None = None, element: int = HALF) -> Work:
+    """Forward of one token in causal softmax attention, in one launch: scores and read-out.
+
+    Args:
+        s: the layer; its slots and window are not read.
+        time: T.
+        reach: tokens that a query sees, itself included, where the layer is sliding-window attention; None is all.
+        element: bytes of a number of the call's tensors.
+    Returns:
+        FLOPs and bytes per token; the FLOPs grow with T.
+    """
+    b = _Bytes.of(s, element)
+    moved = 2 * b.query + 2 * b.key + b.lse
+    return Work(4 * s.heads * s.head_dim * window_keys(reach or time, time), moved, moved)
+
+
+def softmax_backward(s: Shape, time: int, reach: int | None = None, element: int = HALF) -> Work:
+    """Backward of `softmax_forward`, scores computed again: five products where the forward pass has two."""
+    b = _Bytes.of(s, element)
+    moved = 4 * b.query + 4 * b.key + b.lse
+    return Work(10 * s.heads * s.head_dim * window_keys(reach or time, time), moved, moved)
+
+
 def decode(s: Shape) -> Work:
     """One decode step of one row: slots read and written, window read, one token written to the ring, one absorbed.
 
@@ -129,7 +164,7 @@ def decode(s: Shape) -> Work:
     Returns:
         FLOPs and bytes per row and step; the context does not occur.
     """
-    b = _Bytes.of(s)
+    b = _Bytes.of(s, HALF)
     slots = 2 * s.groups * s.slots * s.head_dim * SINGLE
     near = 2 * s.window * b.key
     token = 2 * b.query + 2 * (2 * b.key + b.gate) + (2 * b.key + b.gate)
@@ -144,7 +179,7 @@ def floor(work: Work, tokens: int, peaks: Peaks) -> dict[str, float]:
     Args:
         work: per token.
         tokens: how many.
-        peaks: the device's measured ceilings.
+        peaks: the device's ceilings.
     Returns:
         compute_ms, memory_ms and io_ms, and their floor ms = max(compute_ms, memory_ms).
     """
