@@ -37,6 +37,10 @@ def evaluate(
     ] = None,
     set_: SetOption = None,
     recall: Annotated[bool, typer.Option(help="ask for values stated far back")] = True,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="tasks of lm-evaluation-harness, with commas between; nha_recall is ours"),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the numbers here")] = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -47,13 +51,22 @@ def evaluate(
     nha-convert eval swapped/ --teacher Qwen/Qwen3-0.6B --text book.txt --json numbers.json
     nha-convert eval runs/demo --set evaluate.sequence_length=512 --set evaluate.tokens=16k --no-recall
     nha-convert eval runs/demo --set nha.window=256
+    nha-convert eval runs/demo --set 'evaluate.tasks=[recall,mqar,needle]' --set evaluate.layer_ablation=true
+    nha-convert eval my-model/ --no-recall --tasks arc_easy,hellaswag
 
     Text is the held-out mix of the checkpoint's own recipe (what swap wrote has none: the held-out part of this
     machine's Python standard library) unless --text names another; settings are those under `evaluate.`, and the
-    windows to measure with (nha.window, nha.full_attention_layers).
+    windows to measure with (nha.window, nha.full_attention_layers). --tasks runs the harness on the checkpoint and its
+    teacher; it needs `pip install 'nha-convert[eval]'`.
     """
     from .files import write_json
     from .recipe import evaluate_settings, window_settings
+
+    names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
+    if "" in names:
+        raise InputError(
+            f"--tasks {tasks!r}: names of tasks with commas between are needed, such as arc_easy,hellaswag"
+        )
 
     folder = checkpoint_folder(checkpoint)
     if json_file is not None and json_file.is_dir():
@@ -66,7 +79,14 @@ def evaluate(
     from .evaluate_checkpoint import evaluate_checkpoint
 
     evaluation = evaluate_checkpoint(
-        folder, teacher=teacher, text=text, settings=settings, with_recall=recall, quiet=quiet, windows=windows
+        folder,
+        teacher=teacher,
+        text=text,
+        settings=settings,
+        with_recall=recall,
+        quiet=quiet,
+        windows=windows,
+        tasks=names,
     )
     if json_file is not None:
         write_json(json_file, evaluation)

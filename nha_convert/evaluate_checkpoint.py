@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from . import modeling  # noqa: F401  (registers the NHA classes)
 from .data import held_out_tokens, recall_filler, texts, token_stream
 from .devices import find_device
 from .errors import InputError
-from .evaluate.suite import evaluate_student, evaluate_teacher, student_window
+from .evaluate.harness import check_tasks, run_harness
+from .evaluate.suite import UNIT_WITHOUT_WINDOW, evaluate_student, evaluate_teacher, student_window
 from .inference_windows import change_windows
 from .model_source import resolve_model
-from .modeling.attention_nha import nha_layers
+from .modeling.attention_nha import nha_layers, teacher_mode
 from .recipe import EvaluateSettings, load_recipe
 from .settings import NHASettings, SourceSettings
 
@@ -33,6 +35,7 @@ def evaluate_checkpoint(
     device: str = "auto",
     quiet: bool = False,
     windows: NHASettings | None = None,
+    tasks: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The rows of a checkpoint and its teacher, as in eval.json.
 
@@ -43,28 +46,29 @@ def evaluate_checkpoint(
         text: file, glob or folder of .txt, all of it measured; None takes the held-out mix of the checkpoint's
             recipe.yaml, and where it has none the held-out part of the standard library.
         windows: other windows than the checkpoint's (`change_windows`); None leaves them.
+        tasks: of lm-evaluation-harness, run on the checkpoint and on its teacher.
     Returns:
-        {"teacher", "window_only", "memory_only", "no_attention", "final", "memory_recovery", "settings", "windows"}.
+        {"teacher", "window_only", "memory_only", "no_attention", "final", "memory_recovery", "settings", "windows"},
+        and with `tasks` {"harness": {"teacher", "final"}} (`run_harness`).
     Raises:
-        InputError: something cannot be loaded, or there is less text than one sequence.
+        InputError: something cannot be loaded, there is less text than one sequence, or the harness lacks a task.
+        WorkError: a task of the harness could not be run.
     """
+    if tasks:
+        check_tasks(tasks)
     settings = settings or EvaluateSettings()
     place = find_device(device)
     model, tokenizer = _load(checkpoint, place)
     if windows is not None:
         change_windows(model, windows)
-    context = int(model.config.max_position_embeddings)
-    if settings.sequence_length > context:
-        raise InputError(
-            f"evaluate.sequence_length: {settings.sequence_length} is beyond the {context} positions of {checkpoint}; "
-            f"use --set evaluate.sequence_length={context}"
-        )
+    _check_length(model, settings, checkpoint)
     held_out, filler = _text(checkpoint, text, tokenizer, settings, quiet)
     measured: tuple[Any, ...] = (tokenizer, held_out, filler, settings)
     own: dict[str, Any] = {"with_recall": with_recall, "quiet": quiet}
     kept = settings.model_dump(mode="json")
     if not nha_layers(model):
-        return {"teacher": evaluate_teacher(model, *measured, window=0, **own), "settings": kept}
+        row = {"teacher": evaluate_teacher(model, *measured, window=0, **own), "settings": kept}
+        return row | _harness(None, model, tokenizer, tasks)
     reference = _teacher(checkpoint, teacher, place)
     row = evaluate_student(model, *measured, label="final", teacher=reference, **own)
     against = model if reference is None else reference
@@ -75,7 +79,29 @@ def evaluate_checkpoint(
         "memory_recovery": {"final": row["memory_recovery"]},
         "settings": kept,
         "windows": model.config.nha_windows,
+        **_harness(model, against, tokenizer, tasks),
     }
+
+
+def _check_length(model: Any, settings: EvaluateSettings, checkpoint: Path) -> None:
+    context = int(model.config.max_position_embeddings)
+    if settings.sequence_length > context:
+        raise InputError(
+            f"evaluate.sequence_length: {settings.sequence_length} is beyond the {context} positions of {checkpoint}; "
+            f"use --set evaluate.sequence_length={context}"
+        )
+
+
+def _harness(model: Any | None, teacher: Any, tokenizer: Any, tasks: Sequence[str]) -> dict[str, Any]:
+    """{"harness": what lm-evaluation-harness says of both, asked the same}; `teacher` may be `model` itself."""
+    if not tasks:
+        return {}
+    window = UNIT_WITHOUT_WINDOW if model is None else student_window(model) or UNIT_WITHOUT_WINDOW
+    with teacher_mode(teacher):
+        rows = {"teacher": run_harness(teacher, tokenizer, tasks, window=window)}
+    if model is not None:
+        rows["final"] = run_harness(model, tokenizer, tasks, window=window)
+    return {"harness": rows}
 
 
 def _load(folder: Path, place: torch.device) -> tuple[Any, Any]:

@@ -84,14 +84,24 @@ class RecallGenerator:
         if length <= 0:
             return []
         start = self.rng.randrange(max(1, len(self.filler) - length))
-        return list(self.filler[start : start + length])
+        ids = list(self.filler[start : start + length])
+        while len(ids) < length:  # more than there is: the text once more from its beginning
+            ids += self.filler[: length - len(ids)]
+        return ids
 
     def _values(self, count: int, length: int) -> list[list[int]]:
         return [[self.rng.choice(self.words) for _ in range(length)] for _ in range(count)]
 
     # ---- documents -------------------------------------------------------------------------------
     def prompt(
-        self, *, pairs: int, distance: int, span: int, value_length: int = 1, template: int | None = None
+        self,
+        *,
+        pairs: int,
+        distance: int,
+        span: int,
+        value_length: int = 1,
+        template: int | None = None,
+        queries: int = 1,
     ) -> RecallDocument:
         """One question at an exact distance, for evaluation by generation.
 
@@ -101,6 +111,8 @@ class RecallGenerator:
             span: tokens of the whole document up to the answer; at least `distance` plus one statement.
             value_length: tokens of each value.
             template: index into `TEMPLATES`; None draws one.
+            queries: questions asked at the end; all but the last stand answered, as many of them as the distance has
+                room for.
         Returns:
             A document that ends with the answer; `answers` holds that one span.
         Raises:
@@ -109,23 +121,61 @@ class RecallGenerator:
         statement, question = self._templates[
             self.rng.randrange(len(self._templates)) if template is None else template
         ]
+        if pairs > len(self.words):
+            raise ValueError(f"{pairs} pairs need as many one-token words, the vocabulary has {len(self.words)}")
         keys = self.rng.sample(self.words, pairs)
         values = self._values(pairs, value_length)
         lines = [
             self._break + statement[0] + [key] + statement[1] + value + statement[2] for key, value in zip(keys, values)
         ]
-        ask = self._break + question[0] + [keys[0]] + question[1]
-        size = len(lines[0])
-        before, after = span - distance - size, distance - len(ask)
-        fits_before, fits_after = before // size, after // size
-        if before < 0 or after < 0 or fits_before + fits_after < pairs - 1:
+        asks = [self._break + question[0] + [key] + question[1] for key in keys]
+        size, before = len(lines[0]), span - distance - len(lines[0])
+        for earlier in range(min(queries, pairs) - 1, -1, -1):
+            end = [piece for one in range(1, 1 + earlier) for piece in asks[one] + values[one] + statement[2]] + asks[0]
+            after = distance - len(end)
+            fits_before, fits_after = before // size, after // size
+            if before >= 0 and after >= 0 and fits_before + fits_after >= pairs - 1:
+                break
+        else:
             raise ValueError(f"{pairs} pairs of {size} tokens do not fit into span {span} with distance {distance}")
         low, high = max(0, pairs - 1 - fits_after), min(pairs - 1, fits_before)
         count = min(high, max(low, round((pairs - 1) * before / max(1, before + after))))
-        ids = self._scatter(lines[1 : 1 + count], before) + lines[0]
-        ids += self._scatter(lines[1 + count :], after) + ask
+        return self.place(
+            lines[1 : 1 + count], lines[0], lines[1 + count :], end, values[0], distance=distance, span=span
+        )
+
+    def place(
+        self,
+        before: list[list[int]],
+        stated: list[int],
+        after: list[list[int]],
+        ask: list[int],
+        answer: list[int],
+        *,
+        distance: int,
+        span: int,
+    ) -> RecallDocument:
+        """Lines scattered in text around one at an exact distance from the end of the question.
+
+        Args:
+            before, after: ids of the lines on either side of `stated`, in order.
+            stated: the line from whose end the distance counts.
+            ask, answer: ids of the end of the document.
+        Returns:
+            A document of `span` tokens and the answer; `answers` holds that one span.
+        Raises:
+            ValueError: there is no room for the lines.
+        """
+        rooms = span - distance - len(stated), distance - len(ask)
+        for lines, room in zip((before, after), rooms):
+            if sum(map(len, lines)) > room:
+                raise ValueError(
+                    f"{len(before) + 1 + len(after)} statements do not fit into span {span} with distance {distance}"
+                )
+        ids = self._scatter(before, rooms[0]) + stated
+        ids += self._scatter(after, rooms[1]) + ask
         start = len(ids)
-        return RecallDocument(ids + values[0], [(start, start + value_length)], [distance])
+        return RecallDocument(ids + answer, [(start, start + len(answer))], [distance])
 
     def _scatter(self, lines: list[list[int]], room: int) -> list[int]:
         """Lines in order with filler between them, `room` tokens in all."""

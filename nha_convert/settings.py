@@ -23,6 +23,10 @@ from .settings_types import (
 )
 from .stage_settings import BASE_PARTS, Stage
 
+RecallTaskName = Literal[
+    "recall", "mqar", "needle", "needle_multikey", "needle_multivalue", "variable_tracking", "copy"
+]
+
 
 class NHASettings(Settings):
     """What each attention layer becomes.
@@ -177,7 +181,20 @@ class DataSettings(Settings):
 
 
 class EvaluateSettings(Settings):
-    """What is measured; `recall_distances` are multiples of the window."""
+    """What is measured.
+
+    Attributes:
+        sequence_length, tokens: windows of held-out text, and how much of it.
+        recall_pairs, recall_prompts, recall_value_length: the recall table of every row.
+        recall_distances: of its questions, as multiples of the window.
+        tasks: what is asked by generation: `recall` is that table; the others (docs/evaluation.md) are asked of the
+            teacher and of the final model alone.
+        task_pairs: `mqar`: numbers of keys and values.
+        task_prompts: questions per cell.
+        task_distances: as multiples of the window.
+        layer_ablation: of the final model, also mask the slots of one layer at a time.
+        seed: of the tasks' documents and of the confidence intervals; the recall table's documents are always the same.
+    """
 
     sequence_length: Annotated[Count, Field(ge=8)] = 1024
     tokens: Tokens = 32768
@@ -185,6 +202,20 @@ class EvaluateSettings(Settings):
     recall_prompts: Count = 32
     recall_distances: Annotated[list[Count], Field(min_length=1)] = [2, 4, 8, 16]
     recall_value_length: Count = 1
+    tasks: list[RecallTaskName] = ["recall"]
+    task_pairs: Annotated[list[Count], Field(min_length=1)] = [4, 8, 16, 32, 64, 128]
+    task_prompts: Count = 32
+    task_distances: Annotated[list[Positive], Field(min_length=1)] = [0.5, 1, 2, 4, 8, 16, 32]
+    layer_ablation: StrictBool = False
+    seed: CountFromZero = 0
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_once(cls, tasks: list[RecallTaskName]) -> list[RecallTaskName]:
+        twice = sorted({task for task in tasks if tasks.count(task) > 1})
+        if twice:
+            raise ValueError(f"every task is measured once, found twice: {', '.join(twice)}; keep one")
+        return tasks
 
 
 class ExportSettings(Settings):

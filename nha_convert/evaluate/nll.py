@@ -109,17 +109,31 @@ def teacher_logits_of(model: Any, teacher: Any | None = None) -> Callable[[Tenso
 
 
 class PositionSums:
-    """Per-position sums of one metric over all windows (fp64, on the CPU)."""
+    """Sums of one metric over all windows by position, and over each window (fp64, on the CPU).
+
+    Attributes:
+        total, count: [T] by position.
+        windows, window_counts: [N] by window, in the order of the text; empty where `add` was told no window.
+    """
 
     def __init__(self, sequence_length: int) -> None:
         self.total = torch.zeros(sequence_length, dtype=torch.float64)
         self.count = torch.zeros(sequence_length, dtype=torch.float64)
+        self.windows = torch.zeros(0, dtype=torch.float64)
+        self.window_counts = torch.zeros(0, dtype=torch.float64)
 
-    def add(self, values: Tensor, first_position: int) -> None:
-        """values [B, P] belong to positions first_position .. first_position + P - 1."""
+    def add(self, values: Tensor, first_position: int, first_window: int | None = None) -> None:
+        """values [B, P] belong to positions first_position .. first_position + P - 1 of B windows."""
+        values = values.cpu().double()
         place = slice(first_position, first_position + values.shape[1])
-        self.total[place] += values.double().sum(0).cpu()
+        self.total[place] += values.sum(0)
         self.count[place] += values.shape[0]
+        if first_window is None:
+            return
+        new = max(0, first_window + len(values) - len(self.windows))
+        self.windows, self.window_counts = (F.pad(x, (0, new)) for x in (self.windows, self.window_counts))
+        self.windows[first_window : first_window + len(values)] += values.sum(1)
+        self.window_counts[first_window : first_window + len(values)] += values.shape[1]
 
     def result(self, buckets: Buckets) -> dict[str, Any]:
         means = {
@@ -152,11 +166,13 @@ def compare(
     Returns:
         name -> {"nll": {"mean", "buckets"}, "tokens": predictions}, in nats per token, and for every reader but
         the reference {"kl": ..., "top1": ...} of the same form: KL(reference || reader) in nats and the share of
-        positions where both have the same most likely token.
+        positions where both have the same most likely token. Beside them {"windows": {"nll": [N], ...}} holds each
+        metric's sum over every window, and {"window_tokens": [N]} the predictions in it, both fp64.
     """
     order = ([reference] if reference is not None else []) + [name for name in readers if name != reference]
     sums = {name: {metric: PositionSums(sequence_length) for metric in _metrics(name, reference)} for name in order}
     batches = list(eval_windows(tokens, sequence_length, bos, batch_size))
+    windows = 0
     with (
         torch.no_grad(),
         tqdm(total=len(batches) * len(order), desc=description, leave=False, disable=True if quiet else None) as bar,
@@ -165,15 +181,18 @@ def compare(
             held: Tensor | None = None
             for name in order:
                 logits = readers[name](ids)
-                _score(logits, held, ids.to(logits.device), sums[name])
+                _score(logits, held, ids.to(logits.device), sums[name], windows)
                 if name == reference:
                     held = logits
                 bar.update()
+            windows += len(ids)
     positions = list(buckets) if buckets is not None else position_buckets(sequence_length)
     results: dict[str, dict[str, Any]] = {}
     for name in order:
         results[name] = {metric: values.result(positions) for metric, values in sums[name].items()}
         results[name]["tokens"] = int(sums[name]["nll"].count.sum())
+        results[name]["windows"] = {metric: values.windows for metric, values in sums[name].items()}
+        results[name]["window_tokens"] = sums[name]["nll"].window_counts
     return results
 
 
@@ -181,18 +200,18 @@ def _metrics(name: str, reference: str | None) -> tuple[str, ...]:
     return ("nll",) if reference is None or name == reference else ("nll", "kl", "top1")
 
 
-def _score(logits: Tensor, held: Tensor | None, ids: Tensor, sums: dict[str, PositionSums]) -> None:
+def _score(logits: Tensor, held: Tensor | None, ids: Tensor, sums: dict[str, PositionSums], first_window: int) -> None:
     """Adds one batch: logits [B,T,V] of one reader, `held` those of the reference."""
     length = ids.shape[1]
     for start in range(0, length - 1, POSITIONS_AT_ONCE):
         end = min(start + POSITIONS_AT_ONCE, length - 1)
         log_p = F.log_softmax(logits[:, start:end].float(), -1)  # [B,P,V]
         targets = ids[:, start + 1 : end + 1, None]  # [B,P,1]
-        sums["nll"].add(-log_p.gather(-1, targets)[..., 0], start + 1)
+        sums["nll"].add(-log_p.gather(-1, targets)[..., 0], start + 1, first_window)
         if "kl" in sums and held is not None:
             log_q = F.log_softmax(held[:, start:end].to(log_p.device).float(), -1)  # [B,P,V]
-            sums["kl"].add((log_q.exp() * (log_q - log_p)).sum(-1), start + 1)
-            sums["top1"].add((log_q.argmax(-1) == log_p.argmax(-1)).double(), start + 1)
+            sums["kl"].add((log_q.exp() * (log_q - log_p)).sum(-1), start + 1, first_window)
+            sums["top1"].add((log_q.argmax(-1) == log_p.argmax(-1)).double(), start + 1, first_window)
 
 
 def nll_by_position(

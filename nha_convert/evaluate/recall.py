@@ -16,12 +16,11 @@ from transformers import GenerationConfig
 
 from nha_convert.devices import input_device
 from nha_convert.evaluate.nll import evaluating
-from nha_convert.recall_documents import TEMPLATES, RecallDocument, RecallGenerator
+from nha_convert.evaluate.recall_tasks import TOKENS_PER_STATEMENT, AssociativeRecall, RecallTask, TaskGenerator
+from nha_convert.recall_documents import RecallDocument
 
 PROMPT_BUDGET = 16384
 """Prompt tokens per call of `generate`."""
-TOKENS_PER_PAIR = 16
-"""Room that a prompt leaves for each statement, with filler around it."""
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -38,7 +37,7 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
     return max(0.0, centre - reach), min(1.0, centre + reach)
 
 
-def recall_distances(multiples: Sequence[int], window: int, context: int, answer: int) -> tuple[list[int], list[int]]:
+def recall_distances(multiples: Sequence[float], window: int, context: int, answer: int) -> tuple[list[int], list[int]]:
     """Distances in tokens, and those that the trained context has no room for.
 
     A prompt of `context` tokens also holds the asked statement, the answer and something before them, for which
@@ -52,14 +51,14 @@ def recall_distances(multiples: Sequence[int], window: int, context: int, answer
     Returns:
         (measured, left out), both in tokens.
     """
-    distances = sorted({multiple * window for multiple in multiples if multiple * window > 0})
+    distances = sorted({round(multiple * window) for multiple in multiples if round(multiple * window) > 0})
     fits = [distance for distance in distances if distance + max(32, distance // 16) + answer <= context]
     return fits, [distance for distance in distances if distance not in fits]
 
 
 def prompt_span(distance: int, pairs: int, span: int) -> int:
     """Tokens of a prompt: twice the distance, room for all pairs, at most `span`."""
-    return min(span, max(2 * distance, TOKENS_PER_PAIR * pairs))
+    return min(span, max(2 * distance, TOKENS_PER_STATEMENT * pairs))
 
 
 def recall_by_generation(
@@ -90,24 +89,54 @@ def recall_by_generation(
         distance -> {"exact_match", "low", "high" (Wilson, 95 %), "prompts", "span"}; where `pairs` statements do
         not fit, {"left_out": reason} instead.
     """
+    task = AssociativeRecall(pairs=pairs, queries=1, value_length=value_length)
+    return ask_task(
+        model, tokenizer, filler, task, distances=distances, prompts=prompts, span=span, seed=seed, quiet=quiet
+    )
+
+
+def ask_task(
+    model: Any,
+    tokenizer: Any,
+    filler: Sequence[int],
+    task: RecallTask,
+    *,
+    distances: Sequence[int],
+    prompts: int = 32,
+    span: int = 1024,
+    seed: int = 0,
+    quiet: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Exact match of a task's answers, by greedy generation with the model's cache.
+
+    The prompts of one distance have equal length. Models asked with the same tokenizer, filler and seed are asked the
+    same questions.
+
+    Args:
+        tokenizer, filler: as `recall_by_generation`.
+        distances: tokens from the end of what has to be remembered to the end of the question.
+        prompts: questions per distance.
+        span: longest prompt allowed, in tokens without BOS and answer.
+    Returns:
+        distance -> {"exact_match", "low", "high" (Wilson, 95 %), "prompts", "span"}; where the task does not fit,
+        {"left_out": reason} instead.
+    """
     results: dict[str, dict[str, Any]] = {}
-    bos = tokenizer.bos_token_id
+    lead = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     with (
         evaluating(model),
         tqdm(total=prompts * len(distances), desc="recall", leave=False, disable=True if quiet else None) as bar,
     ):
         for distance in distances:
             try:
-                length, documents = _documents(
-                    tokenizer, filler, seed + distance, prompts, pairs, distance, span, value_length
-                )
+                generator = TaskGenerator(tokenizer, filler, seed=seed + distance)
+                length, documents = task_documents(generator, task, distance, prompts, span)
             except ValueError as error:
                 results[str(distance)] = {"left_out": str(error)}
                 bar.update(prompts)
                 continue
-            lead = [] if bos is None else [bos]
             ids = torch.tensor([lead + document.input_ids for document in documents])  # [N,P+A]
-            hits = _exact_matches(model, tokenizer, ids, value_length, bar)
+            hits = _exact_matches(model, tokenizer, ids, task.answer, bar)
             low, high = wilson_interval(hits, prompts)
             results[str(distance)] = {
                 "exact_match": hits / prompts,
@@ -119,35 +148,20 @@ def recall_by_generation(
     return results
 
 
-def _documents(
-    tokenizer: Any,
-    filler: Sequence[int],
-    seed: int,
-    prompts: int,
-    pairs: int,
-    distance: int,
-    span: int,
-    value_length: int,
+def task_documents(
+    generator: TaskGenerator, task: RecallTask, distance: int, prompts: int, span: int
 ) -> tuple[int, list[RecallDocument]]:
-    """Prompts of one distance and their common length: the shortest tried, up to `span`, that holds all pairs.
+    """Documents of one distance and their common length: the shortest tried, up to `span`, that the task fits into.
 
     Raises:
-        ValueError: the pairs do not even fit into `span`.
+        ValueError: it does not even fit into `span`.
     """
-    length = prompt_span(distance, pairs, span)
+    start = generator.rng.getstate()
+    length = prompt_span(distance, task.statements, span)
     while True:
-        generator = RecallGenerator(tokenizer, filler, seed=seed)
+        generator.rng.setstate(start)
         try:
-            return length, [
-                generator.prompt(
-                    pairs=pairs,
-                    distance=distance,
-                    span=length,
-                    value_length=value_length,
-                    template=index % len(TEMPLATES),
-                )
-                for index in range(prompts)
-            ]
+            return length, [task.document(generator, distance, length, index) for index in range(prompts)]
         except ValueError:
             if length >= span:
                 raise

@@ -91,6 +91,12 @@ def table_notes(evaluation: dict[str, Any]) -> list[str]:
             f"Recall: exact match of generated answers, {cells[0]['prompts']} prompts per distance (in tokens), "
             f"95 % interval at most ±{widest:.2f}."
         )
+    final = (evaluation.get("final") or {}).get("intervals") or {}
+    named = (("NLL above the teacher's", "nll_above_teacher", ".4f"), ("memory recovery", "memory_recovery", ".3f"))
+    spans = [(name, final[key], form) for name, key, form in named if final.get(key)]
+    if spans:
+        said = ", ".join(f"{name} {low:{form}} to {high:{form}}" for name, (low, high), form in spans)
+        notes.append(f"Final, 95 % intervals by bootstrap over {final['bootstrap']['windows']} windows: {said}.")
     left_out: dict[str, str] = {}
     for row in rows:
         left_out.update(row.get("recall_left_out") or {})

@@ -1,5 +1,6 @@
 """The commands on pico models: what they print, write and return."""
 
+import importlib.util
 import io
 import json
 import resource
@@ -288,6 +289,17 @@ def test_eval(swapped: Path, pico_llama: Path, tmp_path: Path) -> None:
     too_long = nha_convert("eval", swapped, "--no-recall", cwd=tmp_path)
     assert too_long.returncode == 2
     assert "use --set evaluate.sequence_length=512" in too_long.stderr
+
+
+def test_eval_refuses_tasks_before_it_loads_anything(swapped: Path, tmp_path: Path) -> None:
+    empty = nha_convert("eval", swapped, "--tasks", "arc_easy,", "--json", "n.json", cwd=tmp_path)
+    assert empty.returncode == 2 and "names of tasks with commas between are needed" in empty.stderr
+    unknown = nha_convert("eval", swapped, "--set", "evaluate.tasks=[needles]", "--json", "n.json", cwd=tmp_path)
+    assert unknown.returncode == 2 and "did you mean `needle`" in unknown.stderr
+    if importlib.util.find_spec("lm_eval") is None:
+        missing = nha_convert("eval", swapped, "--tasks", "arc_easy", "--json", "n.json", cwd=tmp_path)
+        assert missing.returncode == 2 and "pip install 'nha-convert[eval]'" in missing.stderr
+    assert not (tmp_path / "n.json").exists()
 
 
 def test_eval_of_an_ordinary_model(pico_llama: Path, tmp_path: Path) -> None:

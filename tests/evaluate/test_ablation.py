@@ -1,4 +1,4 @@
-"""Branches alone, memory recovery, and the slots' share of the softmax."""
+"""Branches alone, in all layers and in one, and memory recovery."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nha_convert.convert import load_student
-from nha_convert.evaluate.ablation import branch_ablation, memory_recovery, slot_mass
-from nha_convert.evaluate.nll import nll_by_position
+from nha_convert.evaluate.ablation import branch_ablation, layer_gains, layer_readers, memory_recovery
+from nha_convert.evaluate.nll import compare, logits_of, nll_by_position
 from nha_convert.settings import NHASettings
 
 TOKENS = torch.arange(100) * 37 % 251
@@ -46,58 +46,30 @@ def test_memory_recovery() -> None:
     assert memory_recovery(3.1, 3.0, 2.9) is None
 
 
-def test_slot_mass_without_absorption_is_zero(pico: Path) -> None:
-    layers = slot_mass(load_student(pico, NHASettings(window=50, slots=8)), TOKENS, 50, bos=256)
-    assert [layer["layer"] for layer in layers] == [0, 1]
-    assert all(layer["mean"] == 0 and set(layer["buckets"].values()) == {0.0} for layer in layers)
-
-
-def test_slot_mass_of_a_pure_memory_is_one(pico_llama: Path) -> None:
-    layers = slot_mass(load_student(pico_llama, NHASettings(window=0, sinks=0, slots=8)), TOKENS, 50)
-    assert all(layer["mean"] == pytest.approx(1, abs=1e-6) for layer in layers)
-
-
-def test_slot_mass_of_a_plain_model_is_empty(pico_llama: Path) -> None:
-    assert slot_mass(AutoModelForCausalLM.from_pretrained(pico_llama), TOKENS, 50) == []
-
-
 @torch.no_grad()
-def test_slot_mass_is_that_of_the_recurrence(pico_llama: Path) -> None:
-    """Layer 0 of a one-NHA-layer student, computed slot by slot from the definition (sinks off, one window)."""
-    window, length = 6, 20
-    model = load_student(pico_llama, NHASettings(window=[window, "full"], slots=8, sinks=0))
-    layer = model.model.layers[0].self_attn
-    layer.nha.slot_bias.copy_(torch.tensor([0.5, -0.5, 1.0, 0.0]))
-    layer.nha.slot_q_scale.uniform_(0.5, 1.5)
-    ids = TOKENS[:length][None]
-    hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))[0]
-    query, key = (
-        projection(hidden).view(length, -1, layer.head_dim).double() for projection in (layer.q_proj, layer.k_proj)
-    )
-    decay = layer.nha(hidden[None])[0][0].exp().double()  # [T,G,M]
-    cos, sin = (part[0].double() for part in model.model.rotary_emb(hidden[None], torch.arange(length)[None]))
+def test_a_layers_slots_masked_alone(pico_llama: Path) -> None:
+    """What a reader gives is the model with that one layer's slots masked; the gain is the difference of the means."""
+    model = load_student(pico_llama, NHASettings(window=6, slots=8, sinks=2))
+    readers = layer_readers(model)
+    assert list(readers) == [0, 1]
+    ids = TOKENS[:50][None]
+    layers = [layer.self_attn for layer in model.model.layers]
+    for index, reader in readers.items():
+        layers[index].nha_branch = "window"
+        expected = model(ids, use_cache=False).logits
+        layers[index].nha_branch = "both"
+        assert torch.equal(reader(ids), expected)
+        assert not torch.equal(expected, model(ids, use_cache=False).logits)
+        assert [layer.nha_branch for layer in layers] == ["both", "both"]
+    named = {f"layer {index}": reader for index, reader in readers.items()} | {"whole": logits_of(model)}
+    measured = compare(named, TOKENS, 20, bos=256, quiet=True)
+    gains = layer_gains(measured["whole"], {index: measured[f"layer {index}"] for index in readers})
+    for gain in gains:
+        masked = measured[f"layer {gain['layer']}"]["nll"]["mean"]
+        assert gain["nll"] == masked and gain["nll_gain"] == pytest.approx(masked - measured["whole"]["nll"]["mean"])
+        assert gain["interval"][0] < gain["nll_gain"] < gain["interval"][1] and gain["nll_gain"] != 0
 
-    def rotate(x: torch.Tensor, position: int) -> torch.Tensor:
-        first, second = x.chunk(2, -1)
-        return x * cos[position] + torch.cat((-second, first), -1) * sin[position]
 
-    shares = torch.zeros(length, 4)
-    for head in range(4):
-        group = head // 2
-        slots = torch.zeros(8, layer.head_dim, dtype=torch.float64)
-        for t in range(length):
-            if t >= window:
-                a = decay[t - window, group][:, None]
-                slots = a * slots + (1 - a) * key[t - window, group]
-            scaled = query[t, head] * layer.nha.slot_q_scale[head].double()
-            memory = (slots @ scaled * layer.scaling + layer.nha.slot_bias[head].double()).exp().sum()
-            memory = memory if t >= window else torch.tensor(0.0)
-            near = range(max(0, t - window + 1), t + 1)
-            exact = sum((rotate(query[t, head], t) @ rotate(key[j, group], j) * layer.scaling).exp() for j in near)
-            shares[t, head] = memory / (memory + exact)
-    (measured,) = slot_mass(model, TOKENS[:length], length, [(0, 6), (6, 12), (12, 20)])
-    assert measured["layer"] == 0 and measured["buckets"]["0-6"] == 0
-    assert measured["buckets"]["6-12"] == pytest.approx(shares[6:12].mean().item(), rel=1e-4)
-    assert measured["buckets"]["12-20"] == pytest.approx(shares[12:].mean().item(), rel=1e-4)
-    assert measured["mean"] == pytest.approx(shares.mean().item(), rel=1e-4)
-    assert 0.05 < measured["mean"] < 0.95
+def test_layers_without_slots_are_not_masked(pico_llama: Path) -> None:
+    assert list(layer_readers(load_student(pico_llama, NHASettings(window=[6, "full"], slots=8)))) == [0]
+    assert layer_readers(AutoModelForCausalLM.from_pretrained(pico_llama)) == {}

@@ -14,6 +14,7 @@ from nha_convert.evaluate.ablation import branch_ablation, memory_recovery
 from nha_convert.evaluate.nll import agreement
 from nha_convert.evaluate.suite import evaluate_student, evaluate_teacher, summary_table
 from nha_convert.evaluate.table import table_notes, table_rows
+from nha_convert.evaluate.task_table import harness_rows, has_tasks, task_distances, task_rows
 from nha_convert.settings import EvaluateSettings, NHASettings
 
 SETTINGS = EvaluateSettings(
@@ -55,6 +56,145 @@ def test_row_is_what_the_parts_measure(row: dict[str, Any], student: Any, word_t
     assert row["tokens"] == 300 and row["label"] == "final" and row["seconds"] > 0
     assert [layer["layer"] for layer in row["slot_mass"]] == [0, 1]
     json.dumps(row)
+
+
+def test_every_mean_has_its_interval(row: dict[str, Any]) -> None:
+    intervals = row["intervals"]
+    assert intervals["bootstrap"] == {"confidence": 0.95, "windows": 5, "draws": 1000, "seed": 0}
+    for metric in ("nll", "kl", "top1"):
+        low, high = intervals[metric]
+        assert low < row[metric] < high
+    for branch in row["branches"].values():
+        assert branch["intervals"]["nll"][0] < branch["nll"] < branch["intervals"]["nll"][1]
+    low, high = intervals["nll_gain_of_slots"]
+    assert low < row["ablation"]["window"] - row["nll"] < high
+    low, high = intervals["nll_above_teacher"]
+    assert low < row["nll"] - row["nll_teacher"] < high
+    assert "memory_recovery" in intervals
+
+
+def test_slots_are_described_per_layer_and_head(row: dict[str, Any]) -> None:
+    usage = row["slot_usage"]
+    assert usage["layers"] == [0, 1] and usage["tokens"] == 256 + 5  # and a BOS for each window
+    for name in ("slot_mass", "effective_slots"):
+        assert [len(heads) for heads in usage[name]] == [4, 4]
+    for name in ("write_rate", "horizon_low", "horizon_median", "horizon_high"):
+        assert [len(heads) for heads in usage[name]] == [2, 2]
+    for layer, heads in zip(row["slot_mass"], usage["slot_mass"]):
+        assert layer["mean"] == pytest.approx(sum(heads) / 4, rel=1e-5)
+
+
+def test_a_normal_row_asks_nothing_more(row: dict[str, Any]) -> None:
+    assert "tasks" not in row and "layer_ablation" not in row
+
+
+TASK_SETTINGS = SETTINGS.model_copy(
+    update={
+        "tasks": ["mqar", "copy"],
+        "task_pairs": [2, 60],
+        "task_prompts": 4,
+        "task_distances": [0.25, 4, 100],
+        "layer_ablation": True,
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def asked(student: Any, word_tokenizer: Any, filler: list[int]) -> dict[str, Any]:
+    """An evaluation with tasks and every layer's own ablation."""
+    measured = (word_tokenizer, HELD_OUT, filler, TASK_SETTINGS)
+    return {
+        "teacher": evaluate_teacher(student, *measured, quiet=True),
+        "final": evaluate_student(student, *measured, label="final", quiet=True),
+    }
+
+
+def test_tasks_are_asked_of_both(asked: dict[str, Any]) -> None:
+    for row in asked.values():
+        assert "recall" not in row and list(row["tasks"]) == ["mqar", "copy"]
+        places = [(cell["pairs"], cell["distance"]) for cell in row["tasks"]["mqar"]]
+        assert places == [(pairs, distance) for pairs in (2, 60) for distance in (4, 64, 1600)]
+        few, far, beyond = row["tasks"]["copy"]
+        assert "left_out" in few and "do not fit" in few["left_out"] and few["distance"] == 4
+        assert far["prompts"] == 4 and far["low"] <= far["exact_match"] <= far["high"]
+        assert beyond["left_out"] == "no room in the trained context of 256 tokens"
+    json.dumps(asked)
+
+
+def test_a_layers_ablation_stands_in_the_row(asked: dict[str, Any], row: dict[str, Any], student: Any) -> None:
+    gains = asked["final"]["layer_ablation"]
+    assert [gain["layer"] for gain in gains] == [0, 1]
+    assert asked["final"]["nll"] == row["nll"] and list(asked["final"]["branches"]) == list(row["branches"])
+    for gain in gains:
+        assert gain["nll_gain"] == pytest.approx(gain["nll"] - row["nll"]) and gain["nll_gain"] != 0
+    assert all(layer.self_attn.nha_branch == "both" for layer in student.model.layers)
+
+
+def test_rows_before_the_last_ask_no_tasks(student: Any, word_tokenizer: Any, filler: list[int]) -> None:
+    early = evaluate_student(
+        student, word_tokenizer, HELD_OUT, filler, TASK_SETTINGS, label="swapped", with_branches=False, quiet=True
+    )
+    assert "tasks" not in early and "layer_ablation" not in early
+
+
+def test_another_seed_asks_other_questions(
+    student: Any, word_tokenizer: Any, filler: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[torch.Tensor] = []
+    generate = student.generate
+    monkeypatch.setattr(student, "generate", lambda ids, **rest: prompts.append(ids) or generate(ids, **rest))
+    settings = TASK_SETTINGS.model_copy(update={"tasks": ["needle"], "task_distances": [4.0]})
+    for seed in (0, 0, 5):
+        settings.seed = seed
+        evaluate_teacher(student, word_tokenizer, HELD_OUT, filler, settings, quiet=True)
+    assert torch.equal(prompts[0], prompts[1]) and not torch.equal(prompts[1], prompts[2])
+
+
+def test_notes_name_the_final_rows_intervals(row: dict[str, Any]) -> None:
+    intervals = row["intervals"] | {"nll_above_teacher": [0.01234, 0.05], "memory_recovery": [0.7, 0.9]}
+    (note,) = (note for note in table_notes({"final": row | {"intervals": intervals}}) if "bootstrap" in note)
+    assert note.endswith("over 5 windows: NLL above the teacher's 0.0123 to 0.0500, memory recovery 0.700 to 0.900.")
+    without = row | {"intervals": intervals | {"memory_recovery": None, "nll_above_teacher": None}}
+    assert not any("bootstrap" in note for note in table_notes({"final": without}))
+
+
+def test_table_of_tasks_has_the_teacher_beside_the_student(asked: dict[str, Any]) -> None:
+    cell = {"distance": 64, "pairs": 2, "exact_match": 0.5, "low": 0.25, "high": 0.75, "prompts": 4, "span": 128}
+    asked = json.loads(json.dumps(asked))
+    asked["final"]["tasks"]["mqar"][1] = cell
+    asked["teacher"]["tasks"]["mqar"][1] = cell | {"exact_match": 0.9, "low": 0.8, "high": 1.0}
+    lines = task_rows(asked)
+    assert task_distances(asked) == [64]
+    assert [line[:2] for line in lines if "60" not in line[0]] == [
+        ["mqar, 2 pairs", "teacher"],
+        ["mqar, 2 pairs", "final"],
+        ["copy", "teacher"],
+        ["copy", "final"],
+    ]
+    assert lines[0][2] == "0.90 ±0.10" and lines[1][2] == "0.50 ±0.25"
+    assert [line[2] for line in lines if "60" in line[0]] == ["–", "–"]  # 60 pairs do not fit into 256 positions
+    text = render(asked)
+    assert "Student against teacher" in text and "Recall tasks" in text and "0.90 ±0.10" in text
+    assert "4 questions per cell" in text and "copy at 1600" in text and "lm-evaluation-harness" not in text
+
+
+def test_table_of_the_harness() -> None:
+    values = {"acc": 0.5, "acc_stderr": 0.01, "exact_match (strict)": 0.25, "exact_match_stderr (strict)": 0.02}
+    evaluation = {"harness": {"teacher": {"some_task": values | {"acc": 0.625}}, "final": {"some_task": values}}}
+    assert harness_rows(evaluation) == [
+        ["some_task", "acc", "0.6250 ±0.0100", "0.5000 ±0.0100"],
+        ["some_task", "exact_match (strict)", "0.2500 ±0.0200", "0.2500 ±0.0200"],
+    ]
+    assert "0.6250 ±0.0100" in render(evaluation)
+    assert harness_rows({}) == [] and task_rows({}) == [] and not has_tasks({})
+
+
+def test_tasks_are_named_once_and_known() -> None:
+    assert EvaluateSettings().tasks == ["recall"] and EvaluateSettings(tasks=[]).tasks == []
+    with pytest.raises(ValueError, match="found twice: needle"):
+        EvaluateSettings(tasks=["needle", "copy", "needle"])
+    with pytest.raises(ValueError, match="needle_multikey"):
+        EvaluateSettings(tasks=["needles"])
 
 
 def test_recall_distances_are_multiples_of_the_window(row: dict[str, Any]) -> None:
