@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,10 +30,15 @@ from .errors import InputError, WorkError
 from .gpus import DEFAULT_GPU, Machine, find_machine
 from .recipe import Recipe
 from .recipes_app import recipes_app
+from .search_app import search_app
 
 GPUOption = Annotated[
     str | None,
     typer.Option("--gpu", metavar="NAME", help=f"GPU that hours are estimated for; {DEFAULT_GPU} if not given"),
+]
+TextOption = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="text that nha.full_attention_layers=auto:N measures on: file, glob, folder"),
 ]
 GPUsOption = Annotated[int | None, typer.Option("--gpus", metavar="N", help="how many of them; 1 if not given")]
 
@@ -55,6 +60,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.add_typer(checkpoint_app)
+app.add_typer(search_app)
 app.add_typer(recipes_app, name="recipes")
 
 
@@ -149,6 +155,7 @@ def swap(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="read the tensors of pytorch_model*.bin if there are no safetensors")
     ] = False,
+    text: TextOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -157,42 +164,62 @@ def swap(
     \b
     nha-convert swap Qwen/Qwen3-0.6B swapped/ --set nha.window=64 --set nha.full_attention_layers=every:4
     nha-convert swap my-model/ swapped/ --copy --max-shard-size 2GB
+    nha-convert swap my-model/ swapped/ --set nha.full_attention_layers=auto:4 --text book.txt
 
-    Settings are those under `nha.` and `seed`. The result carries its code and loads with plain transformers. Weights
-    are read once, from file to file, and NaN or infinity among them is refused.
+    Settings are those under `nha.` and `search.`, and `seed`. The result carries its code and loads with plain
+    transformers. Weights are read once, from file to file, and NaN or infinity among them is refused; auto:N also loads
+    the model, to measure its layers.
     Untrained, its memory is of little use: `nha-convert run` trains it.
     """
+    from .files import write_json
     from .model_files import local_folder
     from .plan import model_dimensions
-    from .recipe import swap_settings
+    from .recipe import swap_recipe
+    from .search.record import RECORD
+    from .search.request import check_swap_text
     from .weights.weight_files import check_weights, only_pickles
     from .work_folder import check_new_folder
 
-    nha, seed = swap_settings(set_ or [])
+    recipe = check_swap_text(swap_recipe(set_ or []), model, text)
     dimensions = model_dimensions(model)
     folder = local_folder(model)
     if folder is not None and not (allow_pickle and only_pickles(folder)):
         check_weights(folder)
-    nha.windows(dimensions.layers)
+    recipe.nha.planned(dimensions.layers).windows(dimensions.layers)
     check_new_folder(out)
     prepare_libraries(quiet)
     from .swap import swap_checkpoint
 
+    record: dict[str, object] = {}
+    if recipe.nha.auto:
+        from .search.auto import choose_for_swap
+
+        recipe, record = choose_for_swap(recipe, quiet=quiet)
     report_ = swap_checkpoint(
         model,
         out,
-        nha,
-        seed=seed,
+        recipe.nha,
+        seed=recipe.seed,
         quiet=quiet,
         copy=copy,
         max_shard_size=max_shard_size,
         allow_pickle=allow_pickle,
     )
+    if record:
+        write_json(out / RECORD, record)
+        report_["search"] = record
+    _print_swap(report_, quiet, as_json)
+
+
+def _print_swap(report_: dict[str, Any], quiet: bool, as_json: bool) -> None:
     if as_json:
         print_json(report_)
     elif not quiet:
         from .plan import count
 
+        if "search" in report_:
+            found = report_["search"]
+            print(f"{found['setting']} by {found['method']}: {found['full_attention_layers']} stay full")
         print(
             f"{report_['out']}: {len(report_['nha_layers'])} of {report_['layers']} layers are NHA, "
             f"{count(report_['new_parameters'])} new parameters"

@@ -1,7 +1,7 @@
 """The main job, from a recipe to an exported and verified model; every finished step is kept and not run again.
 
-Run folder: recipe.yaml, plan.json, evaluation/*.json, stages/NN-kind/, metrics.jsonl, eval.json,
-export_check.safetensors, export/, verify.json, report.html.
+Run folder: recipe.yaml, search.json (of `auto:N`), plan.json, evaluation/*.json, stages/NN-kind/, metrics.jsonl,
+eval.json, export_check.safetensors, export/, verify.json, report.html.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from .publish.export import export_model
 from .publish.verify import verify_checkpoint
 from .recipe import Recipe, dump_recipe
 from .report import write_report
+from .search.auto import choose_for_run
 from .streamed import is_streamed, load_streamed
 from .train import run_stage
 from .train.batches import plan_batches
@@ -157,6 +158,10 @@ class Job:
             self.measure = Measurement(recipe, self.tokenizer, out / "evaluation", self.quiet)
             for index in range(len(recipe.stages)):  # refuses what cannot be read before anything is written
                 training_dataset(recipe, index, self.tokenizer, quiet=self.quiet)
+        with self.engine.main_first("search"):
+            main, quiet = self.engine.main, self.quiet
+            recipe = choose_for_run(recipe, out, self.tokenizer, self._load_searched, main=main, quiet=quiet)
+        self.recipe = self.measure.recipe = recipe
         if self.engine.main:
             out.mkdir(parents=True, exist_ok=True)
             write_text(out / "recipe.yaml", dump_recipe(recipe))
@@ -177,16 +182,23 @@ class Job:
                 self._finish(moved(model, self.place), seconds, started)
         return json.loads((out / "eval.json").read_text(encoding="utf-8"))
 
-    def _load(self) -> Any:
-        dtype = getattr(torch, self.recipe.runtime.dtype)
-        return load_student(self.teacher_dir, self.recipe.nha, dtype=dtype, seed=self.recipe.seed)
+    def _load(self, recipe: Recipe | None = None) -> Any:
+        recipe = recipe or self.recipe
+        dtype = getattr(torch, recipe.runtime.dtype)
+        return load_student(self.teacher_dir, recipe.nha, dtype=dtype, seed=recipe.seed)
 
-    def _load_streamed(self) -> Any:
+    def _load_searched(self, recipe: Recipe) -> Any:
+        """The model whose layers are measured for `auto:N`."""
+        streamed = bool(recipe.stages) and recipe.by_layer(0)
+        return self._load_streamed(recipe) if streamed else self._load(recipe).to(self.place)
+
+    def _load_streamed(self, recipe: Recipe | None = None) -> Any:
         """The student of a recipe that trains a few layers at a time: its base tensors stay on disk."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir(parents=True)
         return load_streamed(
             self.teacher_dir,
-            self.recipe.nha,
+            (recipe or self.recipe).nha,
             dtype=getattr(torch, self.recipe.runtime.dtype),
             device=self.place,
             scratch=self.scratch,

@@ -199,9 +199,10 @@ def make_plan(recipe: Recipe, cost: Cost, time: Time | None = None, machine: Mac
     """
     config = read_config(recipe.model)
     sizes = dimensions_of(recipe.model, config)
+    chosen, recipe = recipe.nha, recipe.model_copy(update={"nha": recipe.nha.planned(sizes.layers)})
     nha, element = recipe.nha, BYTES[recipe.runtime.dtype]
-    windows = recipe.nha.windows(sizes.layers)
-    check_windows(recipe.model, config, windows)
+    windows = nha.windows(sizes.layers)
+    check_windows(recipe.model, config, chosen.convertible(sizes.layers))
     gate = sizes.gate_parameters(nha)
     new = gate * sum(window is not None for window in windows)
     stages = range(len(recipe.stages))
@@ -226,9 +227,18 @@ def make_plan(recipe: Recipe, cost: Cost, time: Time | None = None, machine: Mac
         "parameters": {"model": sizes.parameters, "new": new},
         "stages": [_stage(recipe, index, sizes, cost(recipe, index)) | times[index] for index in stages],
         "cache": [_cache(sizes, nha, windows, element, tokens) for tokens in _contexts(sizes.context)],
-        "notes": _notes(recipe, windows, runs, gate),
+        "notes": _to_be_chosen(chosen) + _notes(recipe, windows, runs, gate),
     }
     return plan if machine is None else plan | _on(machine, recipe, plan, cost)
+
+
+def _to_be_chosen(nha: NHASettings) -> list[str]:
+    """What a plan cannot know."""
+    note = (
+        f"nha.full_attention_layers is {nha.full_attention_layers}: which layers stay full is measured when the run "
+        "begins; counted here are as many, evenly spaced"
+    )
+    return [note] if nha.auto else []
 
 
 def _on(machine: Machine, recipe: Recipe, plan: dict[str, Any], cost: Cost) -> dict[str, Any]:

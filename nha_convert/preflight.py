@@ -12,6 +12,7 @@ from .errors import InputError
 from .model_files import local_folder
 from .plan import Dimensions, model_dimensions
 from .recipe import Recipe, load_recipe
+from .search.record import with_chosen_layers
 from .text_sources import find_place, text_files
 from .weights.weight_files import check_weights
 from .work_folder import check_writable
@@ -64,7 +65,7 @@ def check_inputs(recipe: Recipe, out: Path, resume: bool = False) -> None:
 
 def _size_problems(recipe: Recipe, dimensions: Dimensions) -> list[str]:
     """Settings that do not fit the model."""
-    windows = recipe.nha.windows(dimensions.layers)
+    windows = recipe.nha.planned(dimensions.layers).windows(dimensions.layers)
     problems = []
     if recipe.stages and all(window is None for window in windows):
         problems.append(
@@ -73,6 +74,8 @@ def _size_problems(recipe: Recipe, dimensions: Dimensions) -> list[str]:
         )
     lengths = {f"stages.{index}.sequence_length": stage.sequence_length for index, stage in enumerate(recipe.stages)}
     lengths["evaluate.sequence_length"] = recipe.evaluate.sequence_length
+    if recipe.nha.auto and recipe.search.sequence_length:
+        lengths["search.sequence_length"] = recipe.search.sequence_length
     return problems + [
         f"{key}: {length} is beyond the {dimensions.context} positions of {recipe.model}; set it to at most that"
         for key, length in lengths.items()
@@ -118,7 +121,8 @@ def check_output(recipe: Recipe, out: Path, resume: bool) -> None:
         raise InputError(
             f"{out}: cannot be resumed, it holds no recipe.yaml and so is no run folder; choose another with --out DIR"
         )
-    differences = _differences(load_recipe(str(kept)), recipe)
+    before = load_recipe(str(kept))
+    differences = _differences(before, recipe if before.nha.auto else with_chosen_layers(recipe, out))
     if differences:
         raise InputError(
             "\n".join(f"{out}: cannot be resumed with another recipe: {one}" for one in differences)

@@ -22,6 +22,7 @@ from .settings import (
     NHASettings,
     Recipe,
     RuntimeSettings,
+    SearchSettings,
     SourceSettings,
 )
 from .stage_settings import AlignStage, DistillStage, FinetuneStage, HiddenStage, LoraSettings, LossSettings
@@ -39,6 +40,7 @@ __all__ = [
     "NHASettings",
     "Recipe",
     "RuntimeSettings",
+    "SearchSettings",
     "SourceSettings",
     "apply_override",
     "dump_recipe",
@@ -49,7 +51,7 @@ __all__ = [
     "parse_recipe",
     "recipe_path",
     "recipes_folder",
-    "swap_settings",
+    "swap_recipe",
 ]
 
 
@@ -144,15 +146,16 @@ def _only(overrides: list[str], allowed: tuple[str, ...], command: str) -> None:
             )
 
 
-def swap_settings(overrides: list[str]) -> tuple[NHASettings, int]:
-    """The `nha` settings, all defaults but for the overrides, and the seed.
+def swap_recipe(overrides: list[str], allowed: tuple[str, ...] = ("nha", "seed", "search")) -> Recipe:
+    """A recipe without stages, all defaults but for the overrides; its text is the standard library.
 
+    Args:
+        allowed: first parts of the settings that may be overridden.
     Raises:
         InputError: an override is wrong, or names another setting.
     """
-    _only(overrides, ("nha", "seed"), "swap")
-    recipe = parse_recipe(_SMALLEST, "--set", overrides)
-    return recipe.nha, recipe.seed
+    _only(overrides, allowed, "swap")
+    return parse_recipe(_SMALLEST, "--set", overrides)
 
 
 def window_settings(overrides: list[str], command: str) -> NHASettings | None:

@@ -11,6 +11,8 @@ from pydantic import BeforeValidator, Field, StrictBool, field_validator, model_
 
 from .errors import InputError
 from .settings_types import (
+    AUTO,
+    DEFAULT_METHOD,
     Count,
     CountFromZero,
     FullLayers,
@@ -35,7 +37,8 @@ class NHASettings(Settings):
         slots: memory slots per key/value head.
         window: exact tokens each query sees, itself included; an int, `full`, or one of these per layer.
         full_attention_layers: layers (from 0) that stay the base model's own attention; `every:N` keeps
-            layers N-1, 2N-1, ...
+            layers N-1, 2N-1, ...; `auto:N` those N that need it most by measurement when the run begins,
+            `auto:N:METHOD` by another measure (`attention`, `alignment`, `kl`, `restore`, `recall`).
         sinks: first tokens that stay exact for ever.
         tau: divides the gate's log-sigmoid; larger remembers longer.
         gate_init: how gates start: `key` (rows of W_k, the paper), `spread` (horizons of 8 to 2000 tokens), `zero`.
@@ -54,12 +57,58 @@ class NHASettings(Settings):
     slot_bias: StrictBool = True
     mask_empty: StrictBool = True
 
+    @property
+    def auto(self) -> tuple[int, str] | None:
+        """How many layers are to be chosen by measurement, and by which; None where they are named."""
+        found = AUTO.fullmatch(self.full_attention_layers) if isinstance(self.full_attention_layers, str) else None
+        return (int(found[1]), found[2] or DEFAULT_METHOD) if found else None
+
+    def convertible(self, num_layers: int) -> list[int | None]:
+        """`windows`, with all layers that `auto:N` chooses among as NHA layers.
+
+        Raises:
+            InputError: as `windows`.
+        """
+        return (self.model_copy(update={"full_attention_layers": []}) if self.auto else self).windows(num_layers)
+
+    def candidates(self, num_layers: int) -> dict[int, int]:
+        """Window of every layer that `auto:N` chooses among: of all whose window is a number.
+
+        Raises:
+            InputError: a list of another length, or fewer layers than are to be chosen.
+        """
+        every = enumerate(self.convertible(num_layers))
+        found = {layer: window for layer, window in every if window is not None}
+        if self.auto and self.auto[0] > len(found):
+            raise InputError(
+                f"nha.full_attention_layers: {self.full_attention_layers} keeps {self.auto[0]} layers full, but the "
+                f"model has {len(found)} layers with a window; name at most {len(found)}"
+            )
+        return found
+
+    def planned(self, num_layers: int) -> NHASettings:
+        """These settings with as many layers named, evenly spaced, as `auto:N` will choose; for sizes, not for models.
+
+        Raises:
+            InputError: as `candidates`.
+        """
+        if self.auto is None:
+            return self
+        layers, count = sorted(self.candidates(num_layers)), self.auto[0]
+        spaced = [layers[(place + 1) * len(layers) // count - 1] for place in range(count)]
+        return self.model_copy(update={"full_attention_layers": spaced})
+
     def windows(self, num_layers: int) -> list[int | None]:
         """The window of each layer; None keeps the base model's full attention.
 
         Raises:
-            InputError: a list of another length, or a layer that the model does not have.
+            InputError: a list of another length, a layer that the model does not have, or layers still to be chosen.
         """
+        if self.auto is not None:
+            raise InputError(
+                f"nha.full_attention_layers: {self.full_attention_layers} is measured where a conversion begins (run, "
+                "swap); name the layers here, such as [3, 7] (`nha-convert search` finds them)"
+            )
         if isinstance(self.window, list) and len(self.window) != num_layers:
             raise InputError(
                 f"nha.window: the model has {num_layers} layers and needs one entry for each, found {len(self.window)}"
@@ -218,6 +267,21 @@ class EvaluateSettings(Settings):
         return tasks
 
 
+class SearchSettings(Settings):
+    """How `auto:N` and `search` measure which layers need full attention.
+
+    Attributes:
+        tokens: of training text, measured once per layer and window; recall documents come on top.
+        sequence_length: of a row; not given: `evaluate.sequence_length`.
+        branch: what an NHA layer has while it is measured: `window` hides the slots, which have learnt nothing before
+            a run; `both` is the layer as it is.
+    """
+
+    tokens: Tokens = 16384
+    sequence_length: Annotated[Count, Field(ge=8)] | None = None
+    branch: Literal["window", "both"] = "window"
+
+
 class ExportSettings(Settings):
     """How the result is written."""
 
@@ -271,6 +335,7 @@ class Recipe(Settings):
     data: DataSettings
     stages: list[Stage]
     evaluate: EvaluateSettings = EvaluateSettings()
+    search: SearchSettings = SearchSettings()
     export: ExportSettings = ExportSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 

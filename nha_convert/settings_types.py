@@ -8,6 +8,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+SEARCH_METHODS = ("attention", "alignment", "kl", "restore", "recall")
+"""How a layer's need of full attention can be measured (`nha_convert.search.scores`)."""
+DEFAULT_METHOD = "kl"
+AUTO = re.compile(rf"auto:([1-9][0-9]*)(?::({'|'.join(SEARCH_METHODS)}))?")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 
 
@@ -67,12 +71,14 @@ def _full_layers(value: Any) -> list[int] | str:
         return sorted(set(value))
     if isinstance(value, str) and re.fullmatch(r"every:[1-9][0-9]*", value):
         return value
-    if isinstance(value, str) and value.startswith("auto:"):
+    if isinstance(value, str) and AUTO.fullmatch(value):
+        return value
+    if isinstance(value, str) and value.startswith("auto"):
         raise ValueError(
-            f"`auto:N` (choosing the layers by measurement) is not in this version, found {value!r}; "
-            "name the layers, such as [3, 7], or use `every:4`"
+            f"`auto:N` or `auto:N:METHOD` with N >= 1 and a METHOD of {', '.join(SEARCH_METHODS)} is needed, "
+            f"found {value!r}; `auto:2` keeps the two layers full that lose most"
         )
-    raise ValueError(f"a list of layer numbers (from 0) or `every:N` is needed, found {value!r}")
+    raise ValueError(f"a list of layer numbers (from 0), `every:N` or `auto:N` is needed, found {value!r}")
 
 
 def device_name(value: Any) -> str:

@@ -23,7 +23,7 @@ from nha_convert.recipe import (
     parse_recipe,
     recipe_path,
     recipes_folder,
-    swap_settings,
+    swap_recipe,
 )
 from nha_convert.recipe_choice import BY_SIZE, Sized, choose, choose_for
 from nha_convert.recipes_app import recipes_app
@@ -257,7 +257,7 @@ def test_overrides() -> None:
         ("nha.window=[8, -1]", "found -1"),
         ("nha.tau=.inf", "a finite number is needed"),
         ("nha.gate_init=sprad", "did you mean `spread`?"),
-        ("nha.full_attention_layers=auto:4", "is not in this version"),
+        ("nha.full_attention_layers=auto:0", "`auto:N` or `auto:N:METHOD` with N >= 1"),
         ("stages.0.kind=algin", "stages.0.kind: 'algin' is unknown, did you mean `align`?"),
         ("seed=x", "an integer is needed, found 'x'"),
         ("runtime.device=gpu", "one of auto, cpu, mps, cuda or cuda:N is needed"),
@@ -283,11 +283,11 @@ def test_a_wrong_override_names_itself_and_the_fix(override: str, said: str) -> 
 
 
 def test_commands_refuse_settings_they_do_not_read(tmp_path: Path) -> None:
-    nha, seed = swap_settings(["nha.slots=8", "seed=3"])
-    assert (nha.slots, seed) == (8, 3)
+    recipe = swap_recipe(["nha.slots=8", "seed=3"])
+    assert (recipe.nha.slots, recipe.seed) == (8, 3)
     assert evaluate_settings(tmp_path, ["evaluate.tokens=2k"]).tokens == 2000
-    with pytest.raises(InputError, match="`swap` reads the settings under `nha` and `seed` alone"):
-        swap_settings(["evaluate.tokens=4"])
+    with pytest.raises(InputError, match="`swap` reads the settings under `nha` and `seed` and `search` alone"):
+        swap_recipe(["evaluate.tokens=4"])
     with pytest.raises(InputError, match="did you mean `evaluate.tokens`"):
         evaluate_settings(tmp_path, ["evaluate.token=4"])
 

@@ -1,0 +1,1 @@
+"""Which layers keep full attention, and which windows the others get: measured, then chosen."""
