@@ -54,6 +54,8 @@ LAYERS = {
     "nha_convert.layer_slices": MODELS,
     "nha_convert.streamed": MODELS,
     "nha_convert.train": WORK,
+    "nha_convert.search": WORK,
+    "nha_convert.search_app": COMMANDS,
     "nha_convert.evaluate": WORK,
     "nha_convert.evaluate_checkpoint": WORK,
     "nha_convert.run_folder": WORK,
@@ -80,7 +82,8 @@ TORCH_FREE = BASE | {
     f"nha_convert.{name}"
     for name in (
         *("preflight", "command_options", "publish.export_request", "publish.hub"),
-        *("recipes_app", "checkpoint_app", "app"),
+        *("recipes_app", "checkpoint_app", "search_app", "app"),
+        *("search", "search.record", "search.request", "search.choose", "search.tables"),
     )
 }
 

@@ -20,7 +20,8 @@ from nha_convert.convert import load_student
 from nha_convert.publish.export import export_model
 from nha_convert.recipe import NHASettings, Recipe, dump_recipe, list_recipes, load_recipe
 
-COMMANDS = ["run", "swap", "plan", "recipes", "eval", "export", "verify", "report", "generate", "serve", "doctor"]
+COMMANDS = ["run", "swap", "plan", "search", "recipes", "eval", "export", "verify", "report", "generate", "serve"]
+COMMANDS += ["doctor"]
 
 
 @dataclass
