@@ -64,13 +64,18 @@ def new_parameter_names(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in gates}
 
 
-def load_student(model: Path, nha: NHASettings, *, dtype: torch.dtype | None = None, seed: int = 0) -> Any:
+def load_student(
+    model: Path, nha: NHASettings, *, dtype: torch.dtype | None = None, seed: int = 0, length: int | None = None
+) -> Any:
     """Load a base model as a student: its own tensors, plus initialised gates.
+
+    Gates that start from text (`gate_init.NEEDS_TEXT`) are as `horizons` makes them, until `calibrate_gates`.
 
     Args:
         model: folder of the base model.
         dtype: of the backbone; None keeps the checkpoint's. Gates are fp32 in any case.
         seed: of the gates.
+        length: tokens of a training row, for the gates' horizons.
     Returns:
         the language model, in eval mode.
     Raises:
@@ -96,7 +101,7 @@ def load_student(model: Path, nha: NHASettings, *, dtype: torch.dtype | None = N
         logging.set_verbosity(verbosity)
     check_shapes(folder, report["mismatched_keys"])
     check_missing(folder, set(report["missing_keys"]), new_parameter_names(student))
-    init_gates(student, nha.gate_init, seed=seed)
+    init_gates(student, nha.gate_init, seed=seed, ends=nha.gate_horizons, length=length)
     return student
 
 

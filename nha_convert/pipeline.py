@@ -1,7 +1,8 @@
 """The main job, from a recipe to an exported and verified model; every finished step is kept and not run again.
 
-Run folder: recipe.yaml, search.json (of `auto:N`), plan.json, evaluation/*.json, stages/NN-kind/, metrics.jsonl,
-eval.json, export_check.safetensors, export/, verify.json, report.html.
+Run folder: recipe.yaml, search.json (of `auto:N`), plan.json, gates.safetensors (where gates start from text),
+evaluation/*.json, stages/NN-kind/, metrics.jsonl, eval.json, export_check.safetensors, export/, verify.json and
+report.html.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from .devices import find_device, input_device, world_of
 from .errors import InputError, WorkError
 from .evaluate.suite import evaluate_student, evaluate_teacher
 from .files import write_json, write_text
+from .gate_init import NEEDS_TEXT
+from .gate_inputs import GATES, calibrate_gates, calibration_ids
 from .gpus import find_machine
 from .plan import make_plan
 from .plan_memory import stage_cost
@@ -40,6 +43,7 @@ from .search.auto import choose_for_run
 from .streamed import is_streamed, load_streamed
 from .train import run_stage
 from .train.batches import plan_batches
+from .train.checkpoints import load_tensors, write_tensors
 from .train.engine import Engine, RankLostError, start_engine, stop_engine
 from .train.faults import check_reporting
 
@@ -158,6 +162,8 @@ class Job:
             self.measure = Measurement(recipe, self.tokenizer, out / "evaluation", self.quiet)
             for index in range(len(recipe.stages)):  # refuses what cannot be read before anything is written
                 training_dataset(recipe, index, self.tokenizer, quiet=self.quiet)
+            if recipe.nha.gate_init in NEEDS_TEXT:
+                calibration_ids(recipe, self.tokenizer, quiet=self.quiet)
         with self.engine.main_first("search"):
             main, quiet = self.engine.main, self.quiet
             recipe = choose_for_run(recipe, out, self.tokenizer, self._load_searched, main=main, quiet=quiet)
@@ -167,7 +173,7 @@ class Job:
             write_text(out / "recipe.yaml", dump_recipe(recipe))
             machine = find_machine(count=self.engine.world)
             write_json(out / "plan.json", make_plan(recipe, stage_cost, stage_time, machine))
-        model: Any = self._load_streamed() if recipe.stages and recipe.by_layer(0) else self._load().to(self.home)
+        model: Any = self._load_streamed() if recipe.stages and recipe.by_layer(0) else self._student().to(self.home)
         self._measure(model, "teacher")
         self._measure(model, "swapped", last=not recipe.stages)
         seconds = 0.0
@@ -185,7 +191,23 @@ class Job:
     def _load(self, recipe: Recipe | None = None) -> Any:
         recipe = recipe or self.recipe
         dtype = getattr(torch, recipe.runtime.dtype)
-        return load_student(self.teacher_dir, recipe.nha, dtype=dtype, seed=recipe.seed)
+        return load_student(
+            self.teacher_dir, recipe.nha, dtype=dtype, seed=recipe.seed, length=recipe.training_length
+        )
+
+    def _student(self) -> Any:
+        """The student as it starts; gates that start from text are found once, by rank 0, and kept."""
+        model, recipe, path = self._load(), self.recipe, self.out / GATES
+        if recipe.nha.gate_init not in NEEDS_TEXT:
+            return model
+        with self.engine.main_first("gates"):
+            if self.engine.main and not path.exists():
+                ids = calibration_ids(recipe, self.tokenizer, quiet=self.quiet)
+                calibrate_gates(model.to(self.place), recipe.nha, ids, seed=recipe.seed)
+                parameters = dict(model.named_parameters())
+                write_tensors(path, {name: parameters[name] for name in sorted(new_parameter_names(model))})
+            load_tensors(model, path)
+        return model
 
     def _load_searched(self, recipe: Recipe) -> Any:
         """The model whose layers are measured for `auto:N`."""
@@ -203,6 +225,7 @@ class Job:
             device=self.place,
             scratch=self.scratch,
             seed=self.recipe.seed,
+            length=self.recipe.training_length,
         )
 
     @torch.no_grad()

@@ -9,9 +9,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .convert import load_student
 from .errors import InputError
+from .gate_inputs import GATES
 from .model_source import resolve_model
 from .recipe import Recipe, load_recipe
 from .train import run_stage
+from .train.checkpoints import load_tensors
 
 
 def load_final(run_dir: Path) -> tuple[torch.nn.Module, PreTrainedTokenizerBase, Recipe]:
@@ -26,7 +28,10 @@ def load_final(run_dir: Path) -> tuple[torch.nn.Module, PreTrainedTokenizerBase,
     recipe = load_recipe(str(run_dir / "recipe.yaml"))
     teacher_dir = resolve_model(recipe.model)
     tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
-    model = load_student(teacher_dir, recipe.nha, dtype=getattr(torch, recipe.runtime.dtype), seed=recipe.seed)
+    dtype = getattr(torch, recipe.runtime.dtype)
+    model = load_student(teacher_dir, recipe.nha, dtype=dtype, seed=recipe.seed, length=recipe.training_length)
+    if (run_dir / GATES).exists():
+        load_tensors(model, run_dir / GATES)
     for index in range(len(recipe.stages)):
         folder = next(iter((run_dir / "stages").glob(f"{index + 1:02d}-*/done.json")), None)
         if folder is None:

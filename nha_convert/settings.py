@@ -41,7 +41,11 @@ class NHASettings(Settings):
             `auto:N:METHOD` by another measure (`attention`, `alignment`, `kl`, `restore`, `recall`).
         sinks: first tokens that stay exact for ever.
         tau: divides the gate's log-sigmoid; larger remembers longer.
-        gate_init: how gates start: `key` (rows of W_k, the paper), `spread` (horizons of 8 to 2000 tokens), `zero`.
+        gate_init: how gates start: `key` (rows of W_k, the paper), `spread` (horizons of 8 to 2000 tokens), `horizons`
+            (from the window to the length of a training row), `clusters` (as that, each slot written to by one cluster
+            of the teacher's keys), `calibrated` (as `clusters`, scaled to the teacher's attention output), `zero`.
+            `clusters` and `calibrated` run the teacher over 32 rows of the first stage's text.
+        gate_horizons: shortest and longest horizon in tokens, for `horizons`, `clusters` and `calibrated`.
         slot_query_scale: learn a per-channel scale of the queries that read the slots.
         slot_bias: learn a per-head bias of the slots' scores.
         mask_empty: hide the slots until something was absorbed.
@@ -52,10 +56,26 @@ class NHASettings(Settings):
     full_attention_layers: FullLayers = []
     sinks: CountFromZero = 4
     tau: Positive = 8.0
-    gate_init: Literal["spread", "key", "zero"] = "spread"
+    gate_init: Literal["spread", "key", "zero", "horizons", "clusters", "calibrated"] = "spread"
+    gate_horizons: Annotated[list[Annotated[float, Field(gt=1)]], Field(min_length=2, max_length=2)] | None = None
     slot_query_scale: StrictBool = True
     slot_bias: StrictBool = True
     mask_empty: StrictBool = True
+
+    @model_validator(mode="after")
+    def _horizons_fit(self) -> NHASettings:
+        if self.gate_horizons is None:
+            return self
+        if self.gate_init in ("spread", "key", "zero"):
+            raise ValueError(
+                f"gate_horizons is read by gate_init horizons, clusters and calibrated, found {self.gate_init}; remove "
+                "one"
+            )
+        if self.gate_horizons[0] >= self.gate_horizons[1]:
+            raise ValueError(
+                f"gate_horizons is [shortest, longest] in tokens, found {self.gate_horizons}; the first must be smaller"
+            )
+        return self
 
     @property
     def auto(self) -> tuple[int, str] | None:
@@ -354,6 +374,11 @@ class Recipe(Settings):
         own = any(part in BASE_PARTS for part in stage.train)
         return stage.compares and (own or any(before.changes_base for before in self.stages[:index]))
 
+    @property
+    def training_length(self) -> int | None:
+        """Tokens of a row of the first stage, which gates' horizons reach to; None where nothing is trained."""
+        return self.stages[0].sequence_length if self.stages else None
+
     def by_layer(self, index: int) -> bool:
         """Whether stage `index` is trained with a few layers in memory at a time."""
         return self.runtime.layers_at_once is not None and self.stages[index].kind == "align"
@@ -367,6 +392,11 @@ class Recipe(Settings):
             raise ValueError(f"{where} with runtime.engine fsdp2, which spreads layers over processes; remove one")
         if not any(self.by_layer(index) for index in range(len(self.stages))):
             raise ValueError(f"{where}, but no stage is of kind align, which alone can be trained so; remove it")
+        if self.by_layer(0) and self.nha.gate_init in ("clusters", "calibrated"):
+            raise ValueError(
+                f"{where}, and nha.gate_init {self.nha.gate_init} needs the whole model in memory; set nha.gate_init "
+                "to horizons, spread, key or zero, or remove runtime.layers_at_once"
+            )
         for index, stage in enumerate(self.stages):
             changed = [before.label for before in self.stages[:index] if before.changes_base]
             if self.by_layer(index) and (stage.changes_base or changed):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from .convert import check_missing, check_shapes, load_base_config, new_parameter_names, nha_config
-from .gate_init import layer_seed
+from .gate_init import layer_horizons, layer_seed, refuse_text
 from .modeling.attention_nha import nha_layers
 from .settings import NHASettings
 from .weights.gate_shards import layer_gates
@@ -20,7 +20,14 @@ from .weights.weight_files import check_weights
 
 
 def load_streamed(
-    folder: Path, nha: NHASettings, *, dtype: torch.dtype, device: torch.device, scratch: Path, seed: int = 0
+    folder: Path,
+    nha: NHASettings,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    scratch: Path,
+    seed: int = 0,
+    length: int | None = None,
 ) -> Any:
     """`load_student` without memory for the base tensors: it computes the same, more slowly.
 
@@ -31,11 +38,14 @@ def load_streamed(
         scratch: an empty folder, kept as long as the model, for tensors that its files hold in another form (the
             experts of a mixture).
         seed: of the gates.
+        length: tokens of a training row, for the gates' horizons.
     Returns:
         the language model, in eval mode; gates are real parameters on `device`, base tensors on the meta device.
     Raises:
-        InputError: unsupported family, damaged weights, or weights that lack a tensor of the base model.
+        InputError: unsupported family, damaged weights, weights that lack a tensor of the base model, or gates that
+            start from text.
     """
+    refuse_text(nha.gate_init, "with runtime.layers_at_once the model is never in memory as a whole")
     folder = Path(folder)
     stored = check_weights(folder)
     config = nha_config(load_base_config(folder), nha)
@@ -58,7 +68,7 @@ def load_streamed(
         logging.set_verbosity(verbosity)
     check_shapes(folder, report["mismatched_keys"])
     check_missing(folder, set(report["missing_keys"]), new_parameter_names(student))
-    _start_gates(student, stored, nha.gate_init, dtype, seed)
+    _start_gates(student, stored, nha, dtype, seed, length)
     return student.eval()
 
 
@@ -79,12 +89,20 @@ def _places(skeleton: Any, device: torch.device) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _start_gates(student: Any, stored: Any, method: str, dtype: torch.dtype, seed: int) -> None:
+def _start_gates(
+    student: Any, stored: Any, nha: NHASettings, dtype: torch.dtype, seed: int, length: int | None
+) -> None:
     """Gates as `init_gates` makes them, from the stored W_k in the model's dtype."""
     modules = {id(module): name for name, module in student.named_modules()}
     for index, attention in nha_layers(student):
         key = f"{modules[id(attention)]}.k_proj.weight"
         with safe_open(stored[key].path, "pt") as file:
-            tensors = layer_gates(attention.nha, file.get_tensor(key).to(dtype), method, layer_seed(seed, index))
+            tensors = layer_gates(
+                attention.nha,
+                file.get_tensor(key).to(dtype),
+                nha.gate_init,
+                layer_seed(seed, index),
+                layer_horizons(attention.nha_window, nha.gate_horizons, length),
+            )
         for name, parameter in attention.nha.named_parameters():
             parameter.copy_(tensors[name])

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from .convert import load_base_config, nha_config
 from .errors import InputError, WorkError
 from .files import shown
+from .gate_init import refuse_text
 from .model_source import carried_files, carry_files, resolve_model
 from .remote_code import add_code
 from .settings import NHASettings
@@ -66,10 +67,11 @@ def swap_checkpoint(
         {"out", "layers", "nha_layers", "base_tensors", "new_tensors", "new_parameters", "bytes", "left_out"}.
     Raises:
         InputError: `out` holds something, or the model is missing, damaged, of an unsupported family or holds NaN or
-            infinity; nothing is left behind.
+            infinity, or the gates start from text; nothing is left behind.
         WorkError: writing failed or was interrupted; nothing is left behind.
     """
     out = Path(out).expanduser()
+    refuse_text(nha.gate_init, "swap moves weights from file to file and runs no model (`nha-convert run` does)")
     check_new_folder(out)
     check_shard_size(max_shard_size)
     folder = resolve_model(str(model), pickles=allow_pickle)

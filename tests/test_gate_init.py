@@ -7,7 +7,7 @@ import torch
 from nha_kernels.gates import log_decay_from_logits
 
 from nha_convert.convert import load_student
-from nha_convert.gate_init import gate_parameters, horizon_biases, init_gates
+from nha_convert.gate_init import gate_parameters, horizon_biases, init_gates, layer_horizons
 from nha_convert.modeling.attention_nha import nha_layers
 from nha_convert.settings import NHASettings
 
@@ -45,6 +45,25 @@ def test_spread_horizons(tau: float) -> None:
     assert horizon_biases(1, tau).shape == (1,)
     weight, bias = gate_parameters(KEY, "spread", groups=2, slots=8, tau=tau, seed=0)
     assert torch.allclose(weight, 0.3 * KEY) and torch.equal(bias[:8], bias[8:])
+
+
+def test_horizons_have_ends_of_their_own() -> None:
+    weight, bias = gate_parameters(KEY, "horizons", groups=2, slots=8, tau=8.0, seed=0, horizons=(32.0, 1024.0))
+    decay = log_decay_from_logits(bias[:8], 8.0).double().exp()
+    assert torch.allclose(1 / (1 - decay)[[0, -1]], torch.tensor([32.0, 1024.0]).double(), rtol=2e-3)
+    assert torch.allclose(weight, 0.3 * KEY)
+    assert layer_horizons(64, None, 1024) == (64, 1024) and layer_horizons(64, [16, 99], 1024) == (16, 99)
+    assert layer_horizons(64, None, None) == (64, 2000) and layer_horizons(None, None, 512) == (8, 512)
+    assert layer_horizons(0, None, 512) == (2, 512) and layer_horizons(512, None, 512) == (512, 1024)
+
+
+def test_settings_of_horizons() -> None:
+    assert NHASettings(gate_init="horizons", gate_horizons=[8, 100]).gate_horizons == [8, 100]
+    with pytest.raises(ValueError, match="read by gate_init horizons, clusters and calibrated, found spread"):
+        NHASettings(gate_horizons=[8, 100])
+    for wrong in ([100, 8], [8], [1, 100], [8, 100, 200]):
+        with pytest.raises(ValueError, match="gate_horizons"):
+            NHASettings(gate_init="horizons", gate_horizons=wrong)
 
 
 def test_zero_and_refusals() -> None:

@@ -49,6 +49,8 @@ LAYERS = {
     "nha_convert.weights": MODELS,
     "nha_convert.data": MODELS,
     "nha_convert.gate_init": MODELS,
+    "nha_convert.gate_calibration": MODELS,
+    "nha_convert.gate_inputs": MODELS,
     "nha_convert.remote_code": MODELS,
     "nha_convert.devices": MODELS,
     "nha_convert.layer_slices": MODELS,

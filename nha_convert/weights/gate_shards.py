@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from ..convert import new_parameter_names
-from ..gate_init import gate_parameters, layer_seed
+from ..gate_init import Horizons, gate_parameters, layer_horizons, layer_seed
 from ..modeling.attention_nha import nha_layers
 from ..settings import NHASettings
 from .base_shards import plan_shards
@@ -50,16 +50,24 @@ def write_gates(
         prefix = modules[id(attention)]
         key = f"{prefix}.k_proj.weight"
         with safe_open(base[key].path, "pt") as file:
-            tensors = layer_gates(attention.nha, file.get_tensor(key), nha.gate_init, layer_seed(seed, index))
+            tensors = layer_gates(
+                attention.nha,
+                file.get_tensor(key),
+                nha.gate_init,
+                layer_seed(seed, index),
+                layer_horizons(attention.nha_window, nha.gate_horizons, None),
+            )
         for name, tensor in tensors.items():
             write_tensor(places[f"{prefix}.nha.{name}"], raw_bytes(tensor))
     return places
 
 
-def layer_gates(gate: Any, key_weight: torch.Tensor, method: str, seed: int) -> dict[str, torch.Tensor]:
+def layer_gates(
+    gate: Any, key_weight: torch.Tensor, method: str, seed: int, horizons: Horizons
+) -> dict[str, torch.Tensor]:
     """One layer's new tensors, by their names under `nha`."""
     weight, bias = gate_parameters(
-        key_weight, method, groups=gate.groups, slots=gate.slots, tau=gate.tau, seed=seed
+        key_weight, method, groups=gate.groups, slots=gate.slots, tau=gate.tau, seed=seed, horizons=horizons
     )
     tensors = {"gate_proj.weight": weight, "gate_proj.bias": bias}
     if gate.slot_q_scale is not None:

@@ -1,0 +1,155 @@
+"""Gates that start from text: one pass of the teacher, each layer calibrated while its inputs are there."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .data import training_dataset
+from .devices import input_device
+from .errors import InputError
+from .gate_calibration import GateStart, LayerInputs, calibrated, cluster_gates
+from .gate_init import NEEDS_TEXT, layer_horizons, layer_seed
+from .modeling.attention_nha import nha_layers, teacher_mode
+from .recipe import Recipe
+from .settings import NHASettings
+
+GATES = "gates.safetensors"
+"""In a run folder: the gates as they start, where they start from text."""
+CLUSTER_SEQUENCES = 32
+"""Training rows whose keys are clustered."""
+SEARCH_SEQUENCES = 4
+"""The first of them, against which gates are scaled."""
+
+
+def calibration_ids(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, quiet: bool = True) -> torch.Tensor:
+    """The first windows of the first stage's text, a function of seed, text and settings.
+
+    Returns:
+        int64 [N, T]: `CLUSTER_SEQUENCES` windows of the stage's length, or of `evaluate.sequence_length` where
+        nothing is trained.
+    Raises:
+        InputError, WorkError: as `training_dataset`.
+    """
+    if recipe.stages:
+        stages = [recipe.stages[0].model_dump() | {"batch_size": 1}]
+        stages[0]["tokens"] = max(recipe.stages[0].tokens, CLUSTER_SEQUENCES * stages[0]["sequence_length"])
+    else:
+        length = recipe.evaluate.sequence_length
+        stages = [{"kind": "align", "tokens": CLUSTER_SEQUENCES * length, "sequence_length": length, "batch_size": 1}]
+    fields = recipe.model_dump() | {"stages": stages}
+    fields["data"]["packing"] = "windows"
+    fields["runtime"]["layers_at_once"] = None
+    rows = training_dataset(Recipe.model_validate(fields), 0, tokenizer, quiet=quiet)
+    return torch.stack([rows[index]["input_ids"] for index in range(CLUSTER_SEQUENCES)])
+
+
+@torch.no_grad()
+def calibrate_gates(model: Any, nha: NHASettings, ids: torch.Tensor, *, seed: int) -> None:
+    """Start the gates of every layer that runs NHA from what it sees in the teacher's pass over `ids`.
+
+    Args:
+        model: the student with gates as `load_student` made them, its backbone untouched.
+        nha: its settings, with one of `NEEDS_TEXT` as `gate_init`.
+        ids: int64 [N, T]; T is the length that horizons reach to.
+        seed: as in `init_gates`.
+    Raises:
+        InputError: fewer tokens than slots.
+        ValueError: `gate_init` is another.
+    """
+    method = nha.gate_init
+    if method not in NEEDS_TEXT:
+        raise ValueError(f"gate_init is {method!r}: only {' and '.join(NEEDS_TEXT)} look at text")
+    tokens = len(ids) * max(0, ids.shape[1] - nha.sinks)
+    if tokens < nha.slots:
+        raise InputError(
+            f"nha.gate_init {method} looks at {tokens} tokens behind the sinks, fewer than nha.slots = {nha.slots}; "
+            "raise stages.0.sequence_length or lower nha.slots"
+        )
+    training = model.training
+    decoder = getattr(model.eval(), model.base_model_prefix)
+
+    def start(layer: Any, inputs: LayerInputs, index: int) -> None:
+        horizons = layer_horizons(layer.nha_window, nha.gate_horizons, ids.shape[1])
+        _set(layer, layer_start(layer, inputs, method, horizons, layer_seed(seed, index)))
+
+    with teacher_mode(model), ExitStack() as hooks:
+        for index, layer in nha_layers(model):
+            if layer.nha_window is not None:
+                watch_layer(layer, hooks, lambda inputs, layer=layer, index=index: start(layer, inputs, index))
+        decoder(input_ids=ids.to(input_device(model)), use_cache=False)
+    model.train(training)
+
+
+def watch_layer(layer: Any, hooks: ExitStack, use: Any) -> None:
+    """Until `hooks` are closed, `use(LayerInputs)` is called whenever the layer has run in teacher mode."""
+    kept: dict[str, torch.Tensor] = {}
+
+    def heads(module: Any, args: Any) -> None:
+        kept["heads"] = args[0]
+
+    def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        query, key, value = layer._nha_projections(hidden)
+        cos, sin = kwargs["position_embeddings"]
+        use(
+            LayerInputs(
+                hidden=hidden,
+                query=query,
+                key=key,
+                value=value,
+                cos=cos,
+                sin=sin,
+                heads=kept.pop("heads").view_as(query),
+                output_weight=layer.o_proj.weight,
+                window=layer.nha_window,
+                sinks=layer.config.nha_sinks,
+                scale=layer.scaling,
+                mask_empty=layer.config.nha_mask_empty,
+                tau=layer.nha.tau,
+            )
+        )
+
+    hooks.callback(layer.o_proj.register_forward_pre_hook(heads).remove)
+    hooks.callback(layer.register_forward_hook(after, with_kwargs=True).remove)
+
+
+def layer_start(layer: Any, inputs: LayerInputs, method: str, horizons: tuple[float, float], seed: int) -> GateStart:
+    """One layer's gates by `clusters`, or by `calibrated`, which scales those."""
+    gate = layer.nha
+    key_weight = layer.k_proj.weight
+    if hasattr(layer, "k_norm"):
+        key_weight = key_weight * layer.k_norm.weight.repeat(gate.groups)[:, None]
+    absorbed = slice(inputs.sinks, None)  # sinks never meet the slots
+    weight, bias = cluster_gates(
+        inputs.hidden[:, absorbed].flatten(0, 1),
+        inputs.key[:, absorbed].flatten(0, 1),
+        key_weight,
+        slots=gate.slots,
+        tau=gate.tau,
+        horizons=horizons,
+        seed=seed,
+    )
+    if method == "clusters":
+        heads = inputs.query.shape[2]
+        return GateStart(weight.cpu(), bias.cpu(), torch.ones(heads), torch.zeros(heads))
+    return calibrated(
+        inputs.first(SEARCH_SEQUENCES),
+        weight,
+        bias,
+        with_query_scale=gate.slot_q_scale is not None,
+        with_slot_bias=gate.slot_bias is not None,
+    )
+
+
+def _set(layer: Any, start: GateStart) -> None:
+    gate = layer.nha
+    gate.gate_proj.weight.copy_(start.weight)
+    gate.gate_proj.bias.copy_(start.bias)
+    if gate.slot_q_scale is not None:
+        gate.slot_q_scale.copy_(start.slot_q_scale[:, None].expand_as(gate.slot_q_scale))
+    if gate.slot_bias is not None:
+        gate.slot_bias.copy_(start.slot_bias)

@@ -1,0 +1,241 @@
+"""Gates that start from text: clusters of keys are found, the layer's error falls, runs agree, the rest is refused."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nha_kernels.gates import log_decay_from_logits, write_strength
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from nha_convert.convert import load_student, new_parameter_names
+from nha_convert.errors import InputError
+from nha_convert.gate_calibration import GateStart, LayerInputs, calibrated, cluster_gates, k_means, output_error
+from nha_convert.gate_init import METHODS, NEEDS_TEXT
+from nha_convert.gate_inputs import CLUSTER_SEQUENCES, GATES, calibrate_gates, calibration_ids, watch_layer
+from nha_convert.modeling.attention_nha import nha_layers, teacher_mode
+from nha_convert.pipeline import Job
+from nha_convert.recipe import Recipe
+from nha_convert.settings import NHASettings
+from nha_convert.streamed import load_streamed
+from nha_convert.swap import swap_checkpoint
+from nha_convert.train.engine import Engine
+
+IDS = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(0))
+CPU = torch.device("cpu")
+
+
+def started(folder: Path, method: str, *, seed: int = 0, **settings: Any) -> Any:
+    nha = NHASettings(**{"window": 8, "slots": 12, "sinks": 1, "gate_init": method, **settings})
+    model = load_student(folder, nha, seed=seed, length=64)
+    if method in NEEDS_TEXT:
+        calibrate_gates(model, nha, IDS, seed=seed)
+    return model
+
+
+def new_tensors(model: Any) -> dict[str, torch.Tensor]:
+    parameters = dict(model.named_parameters())
+    return {name: parameters[name].detach().clone() for name in new_parameter_names(model)}
+
+
+def recipe_for(text: Path, **changes: Any) -> Recipe:
+    settings: dict[str, Any] = {
+        "model": "pico",
+        "output": "unused",
+        "seed": 5,
+        "nha": {"slots": 8, "window": 8, "sinks": 1, "gate_init": "clusters"},
+        "data": {"sources": [{"source": "text", "path": str(text)}]},
+        "stages": [{"kind": "align", "tokens": 96, "sequence_length": 48, "batch_size": 2}],
+        "evaluate": {"sequence_length": 48},
+        "runtime": {"device": "cpu"},
+    }
+    return Recipe.model_validate(settings | changes)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "words.txt"
+    path.write_text(" ".join(f"word{(7 * i * i) % 101}" for i in range(1500)))
+    return path
+
+
+# ---- clusters ---------------------------------------------------------------------------------------
+def planted(clusters: int = 6, each: int = 80) -> tuple[torch.Tensor, ...]:
+    """Hidden states [n, 24], keys [n, 1, 8] in well separated clusters, W_k [8, 24], each token's cluster [n]."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(8, 24, generator=generator) / 24**0.5
+    places = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q[:clusters] * 6
+    truth = torch.arange(clusters).repeat_interleave(each)[torch.randperm(clusters * each, generator=generator)]
+    keys = places[truth] + 0.3 * torch.randn(len(truth), 8, generator=generator)
+    hidden = keys @ torch.linalg.pinv(weight).T
+    return hidden, keys[:, None], weight, truth
+
+
+def test_k_means_finds_planted_clusters() -> None:
+    _, keys, _, truth = planted()
+    centroids, labels = k_means(keys[:, 0], 6, seed=0)
+    pairs = {(int(label), int(place)) for label, place in zip(labels, truth)}
+    assert len(pairs) == 6 and {place for _, place in pairs} == set(range(6))
+    assert torch.allclose(centroids[labels[0]], keys[truth == truth[0], 0].mean(0), atol=1e-5)
+    again, _ = k_means(keys[:, 0], 6, seed=0)
+    assert torch.equal(centroids, again)
+    same, _ = k_means(torch.ones(9, 3), 4, seed=0)  # fewer places than clusters
+    assert torch.equal(same, torch.ones(4, 3))
+    with pytest.raises(ValueError, match="7 clusters need at least as many points, found 5"):
+        k_means(torch.ones(5, 3), 7, seed=0)
+
+
+@pytest.mark.parametrize("tau", [2.0, 8.0])
+def test_slots_write_their_own_cluster_and_keep_otherwise(tau: float) -> None:
+    hidden, keys, key_weight, truth = planted()
+    weight, bias = cluster_gates(
+        hidden, keys, key_weight, slots=6, tau=tau, horizons=(16.0, 256.0), seed=0
+    )
+    strength = write_strength(log_decay_from_logits(hidden @ weight.T + bias, tau))  # [n,M]
+    written = torch.stack([strength[truth == place].mean(0) for place in range(6)])  # [cluster,M]
+    own = written.argmax(0)
+    assert sorted(own.tolist()) == list(range(6)), "each slot has a cluster of its own"
+    largest = written.max(0).values
+    others = (written.sum(0) - largest) / 5
+    assert (largest > 0.15).all() and (largest > 3 * others).all()
+    assert others[-1] < others[0], "the last slot keeps longer than the first"
+
+
+# ---- every method -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_gates_are_finite_and_deterministic(pico_models: dict[str, Path], name: str, method: str) -> None:
+    first, again = (new_tensors(started(pico_models[name], method, seed=3)) for _ in range(2))
+    assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)
+    assert all(tensor.isfinite().all() and tensor.dtype == torch.float32 for tensor in first.values())
+    plain = new_tensors(started(pico_models[name], "zero"))
+    assert {key: tensor.shape for key, tensor in first.items()} == {k: t.shape for k, t in plain.items()}
+    if method in NEEDS_TEXT:
+        other = new_tensors(started(pico_models[name], "horizons", seed=3))
+        assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def test_full_layers_keep_their_start(pico_llama: Path) -> None:
+    model = started(pico_llama, "clusters", window=[8, "full"])
+    plain = started(pico_llama, "horizons", window=[8, "full"])
+    for (_, one), (_, other), same in zip(nha_layers(model), nha_layers(plain), (False, True)):
+        assert torch.equal(one.nha.gate_proj.weight, other.nha.gate_proj.weight) == same
+
+
+# ---- calibration ------------------------------------------------------------------------------------
+@torch.no_grad()
+def seen(model: Any) -> dict[int, LayerInputs]:
+    found: dict[int, LayerInputs] = {}
+    with teacher_mode(model), ExitStack() as hooks:
+        for index, layer in nha_layers(model):
+            watch_layer(layer, hooks, lambda inputs, index=index: found.__setitem__(index, inputs))
+        model(input_ids=IDS)
+    return found
+
+
+def plain_start(layer: Any) -> GateStart:
+    gate = layer.nha
+    return GateStart(gate.gate_proj.weight, gate.gate_proj.bias, torch.ones(4), torch.zeros(4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "qwen3", "llama_tied_rope"])
+def test_calibration_lowers_every_layers_error(pico_models: dict[str, Path], name: str) -> None:
+    model = started(pico_models[name], "horizons")
+    inputs = seen(model)
+    for index, layer in nha_layers(model):
+        before = output_error(inputs[index], plain_start(layer))
+        start = calibrated(
+            inputs[index],
+            layer.nha.gate_proj.weight,
+            layer.nha.gate_proj.bias,
+            with_query_scale=True,
+            with_slot_bias=True,
+        )
+        assert output_error(inputs[index], start) < 0.98 * before
+        alone = calibrated(
+            inputs[index],
+            layer.nha.gate_proj.weight,
+            layer.nha.gate_proj.bias,
+            with_query_scale=False,
+            with_slot_bias=False,
+        )
+        assert torch.equal(alone.slot_q_scale, torch.ones(4)) and not alone.slot_bias.any()
+
+
+@torch.no_grad()
+def test_the_error_is_the_layers_own(pico_llama: Path) -> None:
+    """`output_error` from tensors is what the module itself gives."""
+    model = started(pico_llama, "horizons")
+    inputs = seen(model)
+    found: dict[int, torch.Tensor] = {}
+    with ExitStack() as hooks:
+        for index, layer in nha_layers(model)[:1]:
+            keep = layer.register_forward_hook(lambda m, a, out, index=index: found.__setitem__(index, out[0]))
+            hooks.callback(keep.remove)
+        model(input_ids=IDS)
+        student = found[0]
+        with teacher_mode(model):
+            model(input_ids=IDS)
+    error = (student - found[0]).square().sum() / found[0].square().sum()
+    assert output_error(inputs[0], plain_start(nha_layers(model)[0][1])) == pytest.approx(error.item(), rel=1e-4)
+
+
+# ---- runs -------------------------------------------------------------------------------------------
+def job(recipe: Recipe, out: Path, teacher: Path) -> Job:
+    made = Job(recipe, out, teacher, Engine(), CPU, True)
+    made.tokenizer = AutoTokenizer.from_pretrained(teacher)
+    out.mkdir(exist_ok=True)
+    return made
+
+
+def test_a_run_keeps_its_gates(pico_llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(text)
+    first = new_tensors(job(recipe, tmp_path / "one", pico_llama)._student())
+    elsewhere = new_tensors(job(recipe, tmp_path / "two", pico_llama)._student())
+    assert all(torch.equal(first[name], elsewhere[name]) for name in first), "a function of seed, text and settings"
+    stamp = (tmp_path / "one" / GATES).stat().st_mtime_ns
+    resumed = new_tensors(job(recipe, tmp_path / "one", pico_llama)._student())
+    assert all(torch.equal(first[name], resumed[name]) for name in first)
+    assert (tmp_path / "one" / GATES).stat().st_mtime_ns == stamp
+    other = new_tensors(job(recipe_for(text, seed=6), tmp_path / "three", pico_llama)._student())
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_calibration_text(text: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    recipe = recipe_for(text)
+    ids = calibration_ids(recipe, tokenizer)
+    assert ids.shape == (CLUSTER_SEQUENCES, 48) and torch.equal(ids, calibration_ids(recipe, tokenizer))
+    assert calibration_ids(recipe_for(text, stages=[]), tokenizer).shape == (CLUSTER_SEQUENCES, 48)
+    packed = recipe_for(text, data={**recipe.data.model_dump(), "packing": "documents"})
+    assert torch.equal(ids, calibration_ids(packed, tokenizer))
+
+
+# ---- refusals ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", NEEDS_TEXT)
+def test_where_no_model_runs(pico_llama: Path, text: Path, tmp_path: Path, method: str) -> None:
+    nha = NHASettings(window=8, slots=8, gate_init=method)
+    with pytest.raises(InputError, match=f"nha.gate_init is {method}.*one of key, spread, zero, horizons"):
+        swap_checkpoint(pico_llama, tmp_path / "out", nha, quiet=True)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match=f"nha.gate_init is {method}"):
+        load_streamed(pico_llama, nha, dtype=torch.float32, device=CPU, scratch=tmp_path / "scratch")
+    with pytest.raises(ValueError, match="remove runtime.layers_at_once"):
+        recipe_for(text, nha=nha.model_dump(), runtime={"device": "cpu", "layers_at_once": 1})
+
+
+def test_what_calibration_refuses(pico_llama: Path) -> None:
+    model = started(pico_llama, "horizons")
+    with pytest.raises(ValueError, match="only clusters and calibrated"):
+        calibrate_gates(model, NHASettings(gate_init="key"), IDS, seed=0)
+    with pytest.raises(InputError, match="looks at 6 tokens behind the sinks, fewer than nha.slots = 12"):
+        calibrate_gates(model, NHASettings(slots=12, gate_init="clusters"), IDS[:1, :10], seed=0)
+
+
+def test_swap_on_disk_takes_horizons(pico_llama: Path, tmp_path: Path) -> None:
+    nha = NHASettings(window=8, slots=8, gate_init="horizons", gate_horizons=[4, 64])
+    swap_checkpoint(pico_llama, tmp_path / "out", nha, quiet=True)
+    stored = new_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    made = new_tensors(load_student(pico_llama, nha))
+    assert stored.keys() == made.keys() and all(torch.equal(stored[name], made[name]) for name in made)
