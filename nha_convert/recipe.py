@@ -140,9 +140,11 @@ def _only(overrides: list[str], allowed: tuple[str, ...], command: str) -> None:
     for override in overrides:
         first = override.removeprefix("~").partition("=")[0].split(".")[0]
         if first not in allowed:
+            names = [f"`{one}`" for one in allowed]
+            listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
             raise InputError(
-                f"--set {override}: `{command}` reads the settings under {' and '.join(f'`{one}`' for one in allowed)} "
-                "alone; the others belong to `nha-convert run`"
+                f"--set {override}: `{command}` reads the settings under {listed} alone; the others belong to "
+                "`nha-convert run`"
             )
 
 
