@@ -286,7 +286,7 @@ def test_commands_refuse_settings_they_do_not_read(tmp_path: Path) -> None:
     recipe = swap_recipe(["nha.slots=8", "seed=3"])
     assert (recipe.nha.slots, recipe.seed) == (8, 3)
     assert evaluate_settings(tmp_path, ["evaluate.tokens=2k"]).tokens == 2000
-    with pytest.raises(InputError, match="`swap` reads the settings under `nha` and `seed` and `search` alone"):
+    with pytest.raises(InputError, match="`swap` reads the settings under `nha`, `seed` and `search` alone"):
         swap_recipe(["evaluate.tokens=4"])
     with pytest.raises(InputError, match="did you mean `evaluate.tokens`"):
         evaluate_settings(tmp_path, ["evaluate.token=4"])

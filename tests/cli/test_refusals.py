@@ -58,7 +58,7 @@ RUN_AND_SWAP = [
     (["swap", "model", "out", "--set", "nha.window=-1"], "nha.window: an integer >= 0, `full`, or a list"),
     (["swap", "model", "out", "--set", "nha.slots=0"], "nha.slots: a number >= 1 is needed, found 0"),
     (["swap", "model", "out", "--set", "nha.slotz=1"], "did you mean `nha.slots`?"),
-    (["swap", "model", "out", "--set", "stages=[]"], "`swap` reads the settings under `nha`, `seed` and `search` alone"),
+    (["swap", "model", "out", "--set", "stages=[]"], "reads the settings under `nha`, `seed` and `search` alone"),
     (["swap", "model", "good.yaml/out"], "good.yaml is not a folder that you may write to"),
     (["swap", "model", "used"], "used: exists and is not an empty folder; choose another"),
     (["plan", "good.yaml", "--set", "nha.window=[8]"], "the model has 2 layers and needs one entry for each, found 1"),
