@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from . import modeling  # noqa: F401  (registers the NHA classes)
 from .data import held_out_tokens, recall_filler, texts, token_stream
+from .data_settings import SourceSettings
 from .devices import find_device
 from .errors import InputError
 from .evaluate.harness import check_tasks, run_harness
@@ -19,7 +20,7 @@ from .inference_windows import change_windows
 from .model_source import resolve_model
 from .modeling.attention_nha import nha_layers, teacher_mode
 from .recipe import EvaluateSettings, load_recipe
-from .settings import NHASettings, SourceSettings
+from .settings import NHASettings
 
 LEAST_FILLER = 8192
 """Tokens of text that recall prompts are filled from at least."""

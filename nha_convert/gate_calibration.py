@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from nha_kernels.gates import log_decay_from_logits
@@ -60,6 +61,31 @@ class LayerInputs:
         for name in ("cos", "sin"):
             fields[name] = fields[name] if len(fields[name]) == 1 else fields[name][:sequences]
         return LayerInputs(**fields)
+
+
+    def attend(self, log_decay: torch.Tensor, query_scale: torch.Tensor, **options: Any) -> Any:
+        """`nha_attention` of the student's layer.
+
+        Args:
+            log_decay: [N, T, G, M].
+            query_scale: [H].
+            options: further ones of `nha_attention`.
+        """
+        heads, dim = self.query.shape[2:]
+        return nha_attention(
+            self.query,
+            self.key,
+            self.value,
+            log_decay,
+            window=self.window,
+            cos=self.cos,
+            sin=self.sin,
+            sinks=self.sinks,
+            scale=self.scale,
+            mask_empty=self.mask_empty,
+            slot_q_scale=query_scale[:, None].expand(heads, dim).contiguous(),
+            **options,
+        )
 
 
 @dataclass
@@ -175,21 +201,7 @@ class _Branches:
         heads, dim = inputs.query.shape[2:]
 
         def half(branch: str) -> tuple[torch.Tensor, torch.Tensor]:
-            output, lse, _ = nha_attention(
-                inputs.query,
-                inputs.key,
-                inputs.value,
-                log_decay,
-                window=inputs.window,
-                cos=inputs.cos,
-                sin=inputs.sin,
-                sinks=inputs.sinks,
-                scale=inputs.scale,
-                mask_empty=inputs.mask_empty,
-                slot_q_scale=query_scale[:, None].expand(heads, dim).contiguous(),
-                branch=branch,
-                return_lse=True,
-            )
+            output, lse, _ = inputs.attend(log_decay, query_scale, branch=branch, return_lse=True)
             return output.float(), lse.float()
 
         rest, rest_lse = half("window")
@@ -288,22 +300,10 @@ def _improve(
 
 def output_error(inputs: LayerInputs, start: GateStart) -> float:
     """|| student - teacher ||^2 / || teacher ||^2 of the layer's output, before it meets the residual."""
-    device, (heads, dim) = inputs.hidden.device, inputs.query.shape[2:]
+    device = inputs.hidden.device
     logits = inputs.hidden.float() @ start.weight.to(device).T + start.bias.to(device)
-    output, _ = nha_attention(
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        log_decay_from_logits(logits.unflatten(-1, (inputs.key.shape[2], -1)), inputs.tau),
-        window=inputs.window,
-        cos=inputs.cos,
-        sin=inputs.sin,
-        sinks=inputs.sinks,
-        scale=inputs.scale,
-        mask_empty=inputs.mask_empty,
-        slot_q_scale=start.slot_q_scale.to(device)[:, None].expand(heads, dim).contiguous(),
-        slot_bias=start.slot_bias.to(device),
-    )
+    decay = log_decay_from_logits(logits.unflatten(-1, (inputs.key.shape[2], -1)), inputs.tau)
+    output, _ = inputs.attend(decay, start.slot_q_scale.to(device), slot_bias=start.slot_bias.to(device))
     weight = inputs.output_weight.float()
     wanted = inputs.heads.float().flatten(2) @ weight.T
     return float((output.float().flatten(2) @ weight.T - wanted).square().sum() / wanted.square().sum())

@@ -13,17 +13,16 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from .data_settings import DataSettings, SourceSettings
 from .errors import InputError, nearest
 from .recipe_errors import Location, duplicate_keys, line_of, problems
 from .settings import (
-    DataSettings,
     EvaluateSettings,
     ExportSettings,
     NHASettings,
     Recipe,
     RuntimeSettings,
     SearchSettings,
-    SourceSettings,
 )
 from .stage_settings import AlignStage, DistillStage, FinetuneStage, HiddenStage, LoraSettings, LossSettings
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .data_settings import SourceSettings
 from .errors import InputError
-from .settings import SourceSettings
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 """File name endings that `datasets` can read, and what it calls their formats."""

@@ -19,6 +19,7 @@ BASE = {
     "nha_convert.errors",
     "nha_convert.families",
     "nha_convert.settings",
+    "nha_convert.data_settings",
     "nha_convert.settings_types",
     "nha_convert.stage_settings",
     "nha_convert.recipe_errors",

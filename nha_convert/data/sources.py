@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..corpus import stdlib_files, stdlib_texts
+from ..data_settings import SourceSettings
 from ..errors import InputError
-from ..settings import SourceSettings
 from ..text_sources import find_place, text_files
 from .tables import cell, every, rows, versions
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..data_settings import SourceSettings
 from ..errors import InputError, WorkError
-from ..settings import SourceSettings
 from ..text_sources import Place, find_place
 
 Row = dict[str, Any]

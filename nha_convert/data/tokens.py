@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..data_settings import SourceSettings
 from ..errors import InputError, WorkError
-from ..settings import SourceSettings
 from .chat import check_template, encode_conversation
 from .sources import conversations, identity, texts
 from .token_file import BATCH, TokenStream, TokenWriter

@@ -6,9 +6,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..data_settings import SourceSettings
 from ..evaluate.table import table_header, table_notes, table_rows
 from ..recipe import Recipe
-from ..settings import SourceSettings
 from .base_model import BaseModel
 from .portable_recipe import hub_datasets, portable_recipe, portable_text
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ..data_settings import SourceSettings
 from ..errors import InputError
 from ..model_files import local_folder
 from ..recipe import Recipe, dump_recipe
-from ..settings import SourceSettings
 from ..text_sources import FORMATS, is_url
 
 LOCAL_DATA = (*FORMATS, ".txt")

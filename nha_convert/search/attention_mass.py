@@ -6,16 +6,14 @@ Legend: B rows, T time, H query heads, G key/value heads, D head_dim, C queries 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from nha_kernels.rotary import rotate
 from torch import Tensor
 
-from ..evaluate.nll import evaluating, logits_of
 from ..families import FAMILIES
-from ..modeling.attention_nha import nha_layers, teacher_mode
+from .teacher_pass import teacher_pass
 
 SCORES_AT_ONCE = 2**24
 """Attention scores (B * H * C * T) that are held at a time: 64 MB in fp32."""
@@ -48,12 +46,7 @@ def far_attention(
 
         return hook
 
-    with evaluating(model), teacher_mode(model), ExitStack() as hooks:
-        for index, layer in nha_layers(model):
-            if index in windows:
-                hooks.callback(layer.register_forward_pre_hook(measure(index), with_kwargs=True).remove)
-        for row in rows:
-            logits_of(model)(row[None])
+    teacher_pass(model, rows, windows, measure, before=True)
     return {
         layer: {window: float(total / rows.numel()) for window, total in zip(windows[layer], totals)}
         for layer, totals in sums.items()

@@ -6,12 +6,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data_settings import SourceSettings
 from ..errors import InputError
 from ..files import read_json_object
 from ..model_files import check_windows, read_config
 from ..plan import Dimensions, dimensions_of
 from ..recipe import Recipe, load_recipe, swap_recipe
-from ..settings import SourceSettings
 from ..settings_types import DEFAULT_METHOD, SEARCH_METHODS
 from ..text_sources import text_files
 from ..weights.weight_files import check_weights

@@ -6,7 +6,6 @@ No measure trains anything. The larger the loss, the more a layer needs full att
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..devices import input_device
-from ..evaluate.nll import compare, default_batch_size, evaluating, logits_of, teacher_logits_of
-from ..modeling.attention_nha import nha_layers, teacher_mode
+from ..evaluate.nll import compare, default_batch_size, evaluating, teacher_logits_of
 from ..settings_types import SEARCH_METHODS
 from ..train.losses import row_errors
 from .arrange import arranged, arranged_logits
 from .attention_mass import far_attention
 from .calibration import Calibration
+from .teacher_pass import teacher_pass
 
 Losses = dict[int, dict[int, float]]
 """Layer -> {window: loss}."""
@@ -147,12 +146,7 @@ def _alignment(model: Any, rows: Tensor, windows: Windows, branch: str) -> Losse
 
         return hook
 
-    with evaluating(model), teacher_mode(model), ExitStack() as hooks:
-        for index, layer in nha_layers(model):
-            if index in windows:
-                hooks.callback(layer.register_forward_hook(measure(index), with_kwargs=True).remove)
-        for row in rows:
-            logits_of(model)(row[None])
+    teacher_pass(model, rows, windows, measure)
     return _table({key: value / len(rows) for key, value in sums.items()})
 
 
