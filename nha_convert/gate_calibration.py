@@ -37,6 +37,7 @@ class LayerInputs:
         heads: [N, T, H, D] the teacher's output of each head, before `o_proj`.
         output_weight: [C, H * D] of `o_proj`.
         window, sinks, scale, mask_empty, tau: of the student's layer.
+        own_window: the teacher's own sliding window, or None.
     """
 
     hidden: torch.Tensor
@@ -52,6 +53,7 @@ class LayerInputs:
     scale: float
     mask_empty: bool
     tau: float
+    own_window: int | None = None
 
     def first(self, sequences: int) -> LayerInputs:
         """The same of the first sequences alone."""
@@ -61,7 +63,6 @@ class LayerInputs:
         for name in ("cos", "sin"):
             fields[name] = fields[name] if len(fields[name]) == 1 else fields[name][:sequences]
         return LayerInputs(**fields)
-
 
     def attend(self, log_decay: torch.Tensor, query_scale: torch.Tensor, **options: Any) -> Any:
         """`nha_attention` of the student's layer.
@@ -105,12 +106,15 @@ class GateStart:
 
 
 # ---- clusters ---------------------------------------------------------------------------------------
-def k_means(points: torch.Tensor, count: int, *, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def k_means(
+    points: torch.Tensor, count: int, *, seed: int, weights: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Lloyd's algorithm from k-means++ starts; a cluster that loses its last point takes the point that fits worst.
 
     Args:
         points: [n, D], fp32.
         count: clusters.
+        weights: [n] above 0, how much each point counts; None: all alike.
     Returns:
         centroids [count, D] and the cluster of each point, int64 [n].
     Raises:
@@ -118,22 +122,26 @@ def k_means(points: torch.Tensor, count: int, *, seed: int) -> tuple[torch.Tenso
     """
     if len(points) < count:
         raise ValueError(f"{count} clusters need at least as many points, found {len(points)}")
+    weights = points.new_ones(len(points)) if weights is None else weights
     draws = torch.rand(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = [int(draws[0] * len(points))]
+
+    def drawn(mass: torch.Tensor, draw: float) -> int:  # a point, with a chance in proportion to its mass
+        total = mass.double().cumsum(0)
+        return min(int(torch.searchsorted(total, draw * total[-1], right=True)), len(points) - 1)
+
+    chosen = [drawn(weights, draws[0])]
     nearest = (points - points[chosen[0]]).square().sum(-1)  # [n]
     for draw in draws[1:]:
-        mass = nearest.double().cumsum(0)
-        index = min(int(torch.searchsorted(mass, draw * mass[-1], right=True)), len(points) - 1)
-        chosen.append(index)
-        nearest = torch.minimum(nearest, (points - points[index]).square().sum(-1))
+        chosen.append(drawn(nearest * weights, draw))
+        nearest = torch.minimum(nearest, (points - points[chosen[-1]]).square().sum(-1))
     centroids = points[chosen].clone()
     for _ in range(KMEANS_STEPS):
         distance, labels = torch.cdist(points, centroids).min(-1)  # [n]
-        sizes = torch.bincount(labels, minlength=count)
-        sums = torch.zeros_like(centroids).index_add_(0, labels, points)
-        centroids = sums / sizes.clamp_min(1)[:, None]
+        sizes = weights.new_zeros(count).index_add_(0, labels, weights)
+        sums = torch.zeros_like(centroids).index_add_(0, labels, points * weights[:, None])
+        centroids = sums / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)[:, None]
         empty = (sizes == 0).nonzero()[:, 0]
-        centroids[empty] = points[distance.topk(len(empty)).indices]
+        centroids[empty] = points[(distance * weights).topk(len(empty)).indices]
     return centroids, torch.cdist(points, centroids).argmin(-1)
 
 

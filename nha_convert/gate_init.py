@@ -1,6 +1,7 @@
 """How the gates of an NHA layer start: a pure function of its W_k, for models in memory and for streamed ones.
 
-`clusters` and `calibrated` start as `horizons` here; `gate_inputs.calibrate_gates` makes them what they are, on text.
+`clusters`, `calibrated` and `attended` start as `horizons` here; `gate_inputs.calibrate_gates` makes them what they
+are, on text.
 
 Shapes: G key/value heads, D head_dim, M slots.
 """
@@ -14,8 +15,8 @@ from torch import nn
 from .errors import InputError
 from .modeling.attention_nha import nha_layers
 
-METHODS = ("key", "spread", "zero", "horizons", "clusters", "calibrated")
-NEEDS_TEXT = ("clusters", "calibrated")
+METHODS = ("key", "spread", "zero", "horizons", "clusters", "calibrated", "attended")
+NEEDS_TEXT = ("clusters", "calibrated", "attended")
 """Methods that look at what the layers see: the model has to be in memory and to run."""
 Horizons = tuple[float, float]
 """Shortest and longest horizon, in tokens."""
@@ -39,7 +40,8 @@ def gate_parameters(
     `key` takes the rows of W_k, so that a slot listens to what the keys encode, with bias 0. With M < D it takes
     evenly strided rows; with M > D it repeats them, the repeats with a little seeded noise, so that no two slots are
     the same. `spread` scales that by 0.3 and gives each head's slots biases whose horizons 1 / (1 - a) are
-    log-spaced from 8 to 2000 tokens. `horizons` does so with ends of its own; where `clusters` and `calibrated` begin.
+    log-spaced from 8 to 2000 tokens. `horizons` does so with ends of its own; where those that
+    need text begin.
     `zero` is all zero.
 
     Args:

@@ -6,11 +6,14 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from nha_kernels.rotary import rotate
 from transformers import PreTrainedTokenizerBase
 
 from .data import training_dataset
 from .devices import input_device
 from .errors import InputError
+from .far_attention import own_windows, received_attention
+from .gate_attended import attended_gates
 from .gate_calibration import GateStart, LayerInputs, calibrated, cluster_gates
 from .gate_init import NEEDS_TEXT, layer_horizons, layer_seed
 from .modeling.attention_nha import nha_layers, teacher_mode
@@ -20,7 +23,9 @@ from .settings import NHASettings
 GATES = "gates.safetensors"
 """In a run folder: the gates as they start, where they start from text."""
 CLUSTER_SEQUENCES = 32
-"""Training rows whose keys are clustered."""
+"""Training rows whose tokens are clustered, at most."""
+CLUSTER_TOKENS = 32_768
+"""Their tokens, at most, beyond one row."""
 SEARCH_SEQUENCES = 4
 """The first of them, against which gates are scaled."""
 
@@ -29,22 +34,23 @@ def calibration_ids(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, quiet
     """The first windows of the first stage's text, a function of seed, text and settings.
 
     Returns:
-        int64 [N, T]: `CLUSTER_SEQUENCES` windows of the stage's length, or of `evaluate.sequence_length` where
-        nothing is trained.
+        int64 [N, T]: windows of the stage's length, or of `evaluate.sequence_length` where nothing is trained; N is
+        `CLUSTER_SEQUENCES`, or fewer where those have more than `CLUSTER_TOKENS` tokens.
     Raises:
         InputError, WorkError: as `training_dataset`.
     """
+    length = recipe.training_length or recipe.evaluate.sequence_length
+    count = max(1, min(CLUSTER_SEQUENCES, CLUSTER_TOKENS // length))
+    stage: dict[str, Any] = {"kind": "align", "tokens": count * length, "sequence_length": length}
     if recipe.stages:
-        stages = [recipe.stages[0].model_dump() | {"batch_size": 1}]
-        stages[0]["tokens"] = max(recipe.stages[0].tokens, CLUSTER_SEQUENCES * stages[0]["sequence_length"])
-    else:
-        length = recipe.evaluate.sequence_length
-        stages = [{"kind": "align", "tokens": CLUSTER_SEQUENCES * length, "sequence_length": length, "batch_size": 1}]
-    fields = recipe.model_dump() | {"stages": stages}
+        stage = recipe.stages[0].model_dump()
+        stage["tokens"] = max(stage["tokens"], count * length)
+    stage["batch_size"] = 1
+    fields = recipe.model_dump() | {"stages": [stage]}
     fields["data"]["packing"] = "windows"
     fields["runtime"]["layers_at_once"] = None
     rows = training_dataset(Recipe.model_validate(fields), 0, tokenizer, quiet=quiet)
-    return torch.stack([rows[index]["input_ids"] for index in range(CLUSTER_SEQUENCES)])
+    return torch.stack([rows[index]["input_ids"] for index in range(count)])
 
 
 @torch.no_grad()
@@ -62,7 +68,7 @@ def calibrate_gates(model: Any, nha: NHASettings, ids: torch.Tensor, *, seed: in
     """
     method = nha.gate_init
     if method not in NEEDS_TEXT:
-        raise ValueError(f"gate_init is {method!r}: only {' and '.join(NEEDS_TEXT)} look at text")
+        raise ValueError(f"gate_init is {method!r}: only {', '.join(NEEDS_TEXT)} look at text")
     tokens = len(ids) * max(0, ids.shape[1] - nha.sinks)
     if tokens < nha.slots:
         raise InputError(
@@ -87,6 +93,8 @@ def calibrate_gates(model: Any, nha: NHASettings, ids: torch.Tensor, *, seed: in
 def watch_layer(layer: Any, hooks: ExitStack, use: Any) -> None:
     """Until `hooks` are closed, `use(LayerInputs)` is called whenever the layer has run in teacher mode."""
     kept: dict[str, torch.Tensor] = {}
+    config = layer.config
+    own = own_windows(config)[layer.layer_idx]
 
     def heads(module: Any, args: Any) -> None:
         kept["heads"] = args[0]
@@ -106,10 +114,11 @@ def watch_layer(layer: Any, hooks: ExitStack, use: Any) -> None:
                 heads=kept.pop("heads").view_as(query),
                 output_weight=layer.o_proj.weight,
                 window=layer.nha_window,
-                sinks=layer.config.nha_sinks,
+                sinks=config.nha_sinks,
                 scale=layer.scaling,
-                mask_empty=layer.config.nha_mask_empty,
+                mask_empty=config.nha_mask_empty,
                 tau=layer.nha.tau,
+                own_window=own,
             )
         )
 
@@ -118,21 +127,18 @@ def watch_layer(layer: Any, hooks: ExitStack, use: Any) -> None:
 
 
 def layer_start(layer: Any, inputs: LayerInputs, method: str, horizons: tuple[float, float], seed: int) -> GateStart:
-    """One layer's gates by `clusters`, or by `calibrated`, which scales those."""
+    """One layer's gates by `clusters`; or by `calibrated` or `attended`, which are scaled to the teacher's output."""
     gate = layer.nha
-    key_weight = layer.k_proj.weight
-    if hasattr(layer, "k_norm"):
-        key_weight = key_weight * layer.k_norm.weight.repeat(gate.groups)[:, None]
     absorbed = slice(inputs.sinks, None)  # sinks never meet the slots
-    weight, bias = cluster_gates(
-        inputs.hidden[:, absorbed].flatten(0, 1),
-        inputs.key[:, absorbed].flatten(0, 1),
-        key_weight,
-        slots=gate.slots,
-        tau=gate.tau,
-        horizons=horizons,
-        seed=seed,
-    )
+    hidden, keys = inputs.hidden[:, absorbed].flatten(0, 1), inputs.key[:, absorbed].flatten(0, 1)
+    options: dict[str, Any] = {"slots": gate.slots, "tau": gate.tau, "horizons": horizons, "seed": seed}
+    if method == "attended":
+        weight, bias = attended_gates(hidden, keys, _received(inputs)[:, absorbed].flatten(0, 1), **options)
+    else:
+        key_weight = layer.k_proj.weight
+        if hasattr(layer, "k_norm"):
+            key_weight = key_weight * layer.k_norm.weight.repeat(gate.groups)[:, None]
+        weight, bias = cluster_gates(hidden, keys, key_weight, **options)
     if method == "clusters":
         heads = inputs.query.shape[2]
         return GateStart(weight.cpu(), bias.cpu(), torch.ones(heads), torch.zeros(heads))
@@ -142,6 +148,19 @@ def layer_start(layer: Any, inputs: LayerInputs, method: str, horizons: tuple[fl
         bias,
         with_query_scale=gate.slot_q_scale is not None,
         with_slot_bias=gate.slot_bias is not None,
+    )
+
+
+def _received(inputs: LayerInputs) -> torch.Tensor:
+    """[N, T, G] attention that each token is given from beyond the student's window."""
+    turn = inputs.cos[:, :, None], inputs.sin[:, :, None]  # [1 or N,T,1,rotary_dim]
+    return received_attention(
+        rotate(inputs.query, *turn),
+        rotate(inputs.key, *turn),
+        inputs.scale,
+        inputs.window,
+        inputs.sinks,
+        own=inputs.own_window,
     )
 
 

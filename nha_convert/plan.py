@@ -15,7 +15,6 @@ from .gpus import SHARE, Machine
 from .model_files import check_family, check_windows, read_config
 from .plan_fit import fit
 from .recipe import NHASettings, Recipe
-from .stage_settings import AlignStage
 from .weights.config_check import size_problems
 from .weights.weight_files import refuse
 
@@ -162,9 +161,9 @@ def stage_windows(recipe: Recipe, index: int, layers: int) -> list[list[int | No
         InputError: the stage's windows do not fit the model.
     """
     stage, kept = recipe.stages[index], recipe.nha.windows(layers)
-    drawn = stage.random_windows if isinstance(stage, AlignStage) else None
-    if drawn is not None:
-        return [[None] if window is None else list(dict.fromkeys(drawn)) for window in kept]
+    if stage.random_windows is not None:
+        drawn: list[int | None] = [*dict.fromkeys(stage.random_windows)]
+        return [[None] if window is None else drawn for window in kept]
     if stage.windows is None:
         return [[window] for window in kept]
     given = stage.windows if isinstance(stage.windows, list) else None
@@ -365,7 +364,7 @@ def _stage_notes(recipe: Recipe, index: int, runs: list[list[int | None]], nha: 
 def _windows_key(recipe: Recipe, index: int) -> str:
     """The setting that a stage's windows come from."""
     stage = recipe.stages[index]
-    if isinstance(stage, AlignStage) and stage.random_windows is not None:
+    if stage.random_windows is not None:
         return "random_windows"
     return "nha.window" if stage.windows is None else "windows"
 

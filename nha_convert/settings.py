@@ -44,9 +44,11 @@ class NHASettings(Settings):
         tau: divides the gate's log-sigmoid; larger remembers longer.
         gate_init: how gates start: `key` (rows of W_k, the paper), `spread` (horizons of 8 to 2000 tokens), `horizons`
             (from the window to the length of a training row), `clusters` (as that, each slot written to by one cluster
-            of the teacher's keys), `calibrated` (as `clusters`, scaled to the teacher's attention output), `zero`.
-            `clusters` and `calibrated` run the teacher over 32 rows of the first stage's text.
-        gate_horizons: shortest and longest horizon in tokens, for `horizons`, `clusters` and `calibrated`.
+            of the teacher's keys), `calibrated` (as `clusters`, scaled to the teacher's attention output), `attended`
+            (slots write what the teacher attends to from beyond the window, scaled so), `zero`. `clusters`,
+            `calibrated` and `attended` run the teacher over some rows of the first stage's text. Not given: `attended`
+            in a recipe with stages, `spread` where nothing is trained or layers are trained a few at a time.
+        gate_horizons: shortest and longest horizon in tokens, for all but `key`, `spread` and `zero`.
         slot_query_scale: learn a per-channel scale of the queries that read the slots.
         slot_bias: learn a per-head bias of the slots' scores.
         mask_empty: hide the slots until something was absorbed.
@@ -57,7 +59,7 @@ class NHASettings(Settings):
     full_attention_layers: FullLayers = []
     sinks: CountFromZero = 4
     tau: Positive = 8.0
-    gate_init: Literal["spread", "key", "zero", "horizons", "clusters", "calibrated"] = "spread"
+    gate_init: Literal["spread", "key", "zero", "horizons", "clusters", "calibrated", "attended"] = "spread"
     gate_horizons: Annotated[list[Annotated[float, Field(gt=1)]], Field(min_length=2, max_length=2)] | None = None
     slot_query_scale: StrictBool = True
     slot_bias: StrictBool = True
@@ -69,8 +71,8 @@ class NHASettings(Settings):
             return self
         if self.gate_init in ("spread", "key", "zero"):
             raise ValueError(
-                f"gate_horizons is read by gate_init horizons, clusters and calibrated, found {self.gate_init}; remove "
-                "one"
+                "gate_horizons is read by gate_init horizons, clusters, calibrated and attended, found "
+                f"{self.gate_init}; remove one"
             )
         if self.gate_horizons[0] >= self.gate_horizons[1]:
             raise ValueError(
@@ -283,6 +285,12 @@ class Recipe(Settings):
         return self.runtime.layers_at_once is not None and self.stages[index].kind == "align"
 
     @model_validator(mode="after")
+    def _gates_start(self) -> Recipe:
+        if self.stages and not self.by_layer(0) and "gate_init" not in self.nha.model_fields_set:
+            self.__dict__["nha"] = self.nha.model_copy(update={"gate_init": "attended"})
+        return self
+
+    @model_validator(mode="after")
     def _layers_at_once_fit(self) -> Recipe:
         if self.runtime.layers_at_once is None:
             return self
@@ -291,7 +299,7 @@ class Recipe(Settings):
             raise ValueError(f"{where} with runtime.engine fsdp2, which spreads layers over processes; remove one")
         if not any(self.by_layer(index) for index in range(len(self.stages))):
             raise ValueError(f"{where}, but no stage is of kind align, which alone can be trained so; remove it")
-        if self.by_layer(0) and self.nha.gate_init in ("clusters", "calibrated"):
+        if self.by_layer(0) and self.nha.gate_init in ("clusters", "calibrated", "attended"):
             raise ValueError(
                 f"{where}, and nha.gate_init {self.nha.gate_init} needs the whole model in memory; set nha.gate_init "
                 "to horizons, spread, key or zero, or remove runtime.layers_at_once"

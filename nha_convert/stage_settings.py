@@ -61,6 +61,7 @@ class StageSettings(Settings):
         precision: of matrix products; the weights have `runtime.dtype`. Not given: as the weights.
         sources: names of the sources of `data` that this stage reads; all if not given.
         windows: windows of the NHA layers in this stage, as `nha.window`; afterwards they are what they were.
+        random_windows: windows drawn anew for every NHA layer at every step, so that the model does not rely on one.
     """
 
     kind: str
@@ -79,6 +80,7 @@ class StageSettings(Settings):
     precision: Literal["float32", "bfloat16"] | None = None
     sources: Annotated[list[str], Field(min_length=1)] | None = None
     windows: Window | None = None
+    random_windows: Annotated[list[CountFromZero], Field(min_length=1)] | None = None
     lora: LoraSettings = LoraSettings()
     save_steps: Count = 25
 
@@ -140,6 +142,8 @@ class StageSettings(Settings):
             )
         if self.decay is not None and self.schedule != "wsd":
             raise ValueError(f"decay is read by `schedule: wsd` alone, found schedule {self.schedule}; remove one")
+        if self.random_windows is not None and self.windows is not None:
+            raise ValueError("windows and random_windows say the same thing; keep one")
         if self.warmup + (self.decay or 0) > 1:
             raise ValueError(f"warmup {self.warmup:g} and decay {self.decay:g} are more than 1 together; lower one")
         if "lora" not in self.train and self.lora != LoraSettings():
@@ -157,23 +161,22 @@ class AlignStage(StageSettings):
     """Attention-output alignment: each NHA layer alone, on its teacher's inputs.
 
     Attributes:
-        random_windows: windows drawn anew for every layer at every step, so that gates do not rely on one.
         memory_weight: weight of a second term in which the layer has its slots alone, so that these carry what the
             window would.
+        far_weight: share of the loss in which a token counts by how much of its teacher's attention lies beyond the
+            window, and not by its energy alone.
     """
 
     kind: Literal["align"]
     learning_rate: Positive = 2.0e-2
-    random_windows: Annotated[list[CountFromZero], Field(min_length=1)] | None = None
     memory_weight: Weight = 0.0
+    far_weight: Share = 0.0
 
     @model_validator(mode="after")
     def _attention_only(self) -> AlignStage:
         wide = [part for part in self.train if part in ("no_mlp", "all")]
         if wide:
             raise ValueError(f"train: alignment compares attention alone, found {wide[0]}; allowed: gates, lora, qkvo")
-        if self.random_windows is not None and self.windows is not None:
-            raise ValueError("windows and random_windows say the same thing; keep one")
         return self
 
 

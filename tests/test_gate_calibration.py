@@ -227,7 +227,7 @@ def test_where_no_model_runs(pico_llama: Path, text: Path, tmp_path: Path, metho
 
 def test_what_calibration_refuses(pico_llama: Path) -> None:
     model = started(pico_llama, "horizons")
-    with pytest.raises(ValueError, match="only clusters and calibrated"):
+    with pytest.raises(ValueError, match="only clusters, calibrated, attended"):
         calibrate_gates(model, NHASettings(gate_init="key"), IDS, seed=0)
     with pytest.raises(InputError, match="looks at 6 tokens behind the sinks, fewer than nha.slots = 12"):
         calibrate_gates(model, NHASettings(slots=12, gate_init="clusters"), IDS[:1, :10], seed=0)

@@ -51,6 +51,8 @@ LAYERS = {
     "nha_convert.data": MODELS,
     "nha_convert.gate_init": MODELS,
     "nha_convert.gate_calibration": MODELS,
+    "nha_convert.gate_attended": MODELS,
+    "nha_convert.far_attention": MODELS,
     "nha_convert.gate_inputs": MODELS,
     "nha_convert.remote_code": MODELS,
     "nha_convert.devices": MODELS,

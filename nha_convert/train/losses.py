@@ -122,15 +122,19 @@ def _distance(
     raise ValueError(f"no such function: {name}")
 
 
-def row_errors(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def row_errors(student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     """||student - teacher||^2 / ||teacher||^2 of each row.
 
     Args:
         student, teacher: [B, T, hidden].
+        weights: [B, T] at least 0, how much each token counts on both sides of the quotient; None: all alike.
     Returns:
         fp32 [B]; 0 is the teacher, 1 is what zeros give.
     """
-    return _ratio(student, teacher, (1, 2))
+    if weights is None:
+        return _ratio(student, teacher, (1, 2))
+    root = weights.float().sqrt()[..., None]
+    return _ratio(student.float() * root, teacher.float() * root, (1, 2))
 
 
 def token_errors(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ B batch, T time. A trainer (and DDP or FSDP2 around it) drives an `Objective` an
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -61,10 +62,24 @@ class Objective(nn.Module, ABC):
     def begin_step(self, step: int) -> None:
         """Told before the first micro-batch of each optimizer step, on every rank; what is drawn depends on it.
 
+        Where the stage has `random_windows`, each layer's window of this step is drawn.
+
         Args:
             step: from 0, the same number again after a resume.
         """
         self.step = step
+        choices = self.settings.random_windows
+        if choices is not None:
+            drawn = {
+                index: random.Random(f"{self.seed}/windows/{step}/{self.number(index)}").choice(choices)
+                for index, layer in nha_layers(self.model)
+                if layer.nha_window is not None
+            }
+            self.model.set_windows(drawn)
+
+    def number(self, index: int) -> int:
+        """The place in the whole model of a layer of `model`."""
+        return index
 
     def forward(self, batch: Batch, items: torch.Tensor | int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """This micro-batch's share of the step's loss.
@@ -75,6 +90,8 @@ class Objective(nn.Module, ABC):
         Returns:
             0-dim fp32 loss, and detached 0-dim values; both add up to the step's over micro-batches and ranks.
         """
+        if self.settings.random_windows is not None and not self._windows_drawn():
+            self.begin_step(self.step)
         with self._precision(batch["input_ids"].device):
             loss, measured = self.sums(batch)
         scale = torch.as_tensor(items, device=loss.device).clamp_min(1)
@@ -95,7 +112,7 @@ class Objective(nn.Module, ABC):
             The tensors that this stage changed, under the plain model's names, detached.
         """
         tensors = self.selection.merge(self.model)
-        if self.settings.windows is not None:
+        if self.settings.windows is not None or self.settings.random_windows is not None:
             self.model.set_windows(self._windows_before)
         return tensors
 
@@ -118,6 +135,10 @@ class Objective(nn.Module, ABC):
             for handle in handles:
                 handle.remove()
         return max(peaks, key=lambda index: (peaks[index], -index))
+
+    def _windows_drawn(self) -> bool:
+        windows = [layer.nha_window for _, layer in nha_layers(self.model) if layer.nha_window is not None]
+        return all(window in self.settings.random_windows for window in windows)  # type: ignore[operator]
 
     # ---- what objectives share -----------------------------------------------------------------
     @staticmethod

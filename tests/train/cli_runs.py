@@ -32,7 +32,7 @@ def write_recipe(path: Path, teacher: Path, text: Path, *, steps: int = STEPS, s
         "model": str(teacher),
         "output": str(path.parent / "unused"),
         "seed": 3,
-        "nha": {"slots": 8, "window": 8, "sinks": 1},
+        "nha": {"slots": 8, "window": 8, "sinks": 1, "gate_init": "spread"},
         "data": {"sources": [{"source": "text", "path": str(text)}], "held_out_tokens": 256},
         "stages": [{**common, **stage} for stage in stages or STAGES],
         "evaluate": {

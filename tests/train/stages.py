@@ -32,7 +32,7 @@ def make_recipe(text: Path, **changes: Any) -> Recipe:
         "model": "pico",
         "output": "unused",
         "seed": 3,
-        "nha": {"slots": 8, "window": 8, "sinks": 1},
+        "nha": {"slots": 8, "window": 8, "sinks": 1, "gate_init": "spread"},
         "data": {"sources": [{"source": "text", "path": str(text)}]},
         "stages": [
             {"kind": "align", "tokens": 9 * 96, "learning_rate": 0.02, **common},

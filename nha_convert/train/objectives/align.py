@@ -5,16 +5,17 @@ B batch, T time.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from nha_kernels.rotary import rotate
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ...errors import InputError
+from ...far_attention import far_share, own_windows
 from ...modeling.attention_nha import nha_layers
 from ..losses import Batch, row_errors
 from ..objective import Objective
@@ -27,7 +28,8 @@ class AlignObjective(Objective):
 
     One pass of the teacher feeds all layers. Each layer's error is differentiated while it is computed, so the graph
     of one layer at a time is alive, and the backbone has none. With `memory_weight` a second term is the same error of
-    the layer with its slots alone. No layer's training depends on another's: gradients are clipped layer by layer.
+    the layer with its slots alone; with `far_weight` tokens count by how much their teacher attends beyond the window.
+    No layer's training depends on another's: gradients are clipped layer by layer.
     """
 
     settings: Any
@@ -48,10 +50,6 @@ class AlignObjective(Objective):
         """Rows."""
         return torch.tensor(len(batch["input_ids"]), device=batch["input_ids"].device)
 
-    def number(self, index: int) -> int:
-        """The place in the whole model of a layer of `model`."""
-        return index
-
     @property
     def layer_count(self) -> int:
         """Layers of the whole model that run NHA in this stage."""
@@ -61,26 +59,8 @@ class AlignObjective(Objective):
         """What learns, layer by layer."""
         return [[tensor for tensor in layer.parameters() if tensor.requires_grad] for _, layer in self.layers]
 
-    def begin_step(self, step: int) -> None:
-        """Draws each layer's window of this step, where the stage has `random_windows`."""
-        super().begin_step(step)
-        choices = self.settings.random_windows
-        if choices is not None:
-            drawn = {
-                index: random.Random(f"{self.seed}/windows/{step}/{self.number(index)}").choice(choices)
-                for index, _ in self.layers
-            }
-            self.model.set_windows(drawn)
-
-    def finish(self) -> dict[str, torch.Tensor]:
-        tensors = super().finish()
-        self.model.set_windows(self._windows_before)
-        return tensors
-
     def sums(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Sum over rows of the mean over layers, and each layer's sum over rows."""
-        if self.settings.random_windows is not None and not self._windows_drawn():
-            self.begin_step(self.step)
         errors: dict[str, torch.Tensor] = {}
         shares: list[torch.Tensor] = []
         gradients: dict[int, torch.Tensor] = {}
@@ -97,9 +77,6 @@ class AlignObjective(Objective):
 
     def seen(self, states: torch.Tensor) -> None:
         """Told the teacher's final hidden states [B, T, hidden], where its pass came to the end."""
-
-    def _windows_drawn(self) -> bool:
-        return all(layer.nha_window in self.settings.random_windows for _, layer in self.layers)
 
     @contextmanager
     def _measuring(
@@ -161,15 +138,39 @@ class AlignObjective(Objective):
         self, index: int, student: Any, args: Any, kwargs: Any, wanted: torch.Tensor, errors: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """One layer's loss, summed over rows; fills in its errors."""
-        error = row_errors(student.forward(*args, **kwargs)[0], wanted).sum()
+        output = student.forward(*args, **kwargs)[0]
+        error = row_errors(output, wanted).sum()
         errors[error_name(self.number(index))] = error.detach()
-        weight = self.settings.memory_weight
-        if not weight:
-            return error
+        weights = self._weights(student, args, kwargs) if self.settings.far_weight else None
+        share = error if weights is None else row_errors(output, wanted, weights).sum()
+        memory_weight = self.settings.memory_weight
+        if not memory_weight:
+            return share
         student.nha_branch = "slots"
-        memory = row_errors(student.forward(*args, **kwargs)[0], wanted).sum()
-        errors[memory_name(self.number(index))] = memory.detach()
-        return error + weight * memory
+        memory = student.forward(*args, **kwargs)[0]
+        errors[memory_name(self.number(index))] = row_errors(memory.detach(), wanted).sum()
+        return share + memory_weight * row_errors(memory, wanted, weights).sum()
+
+    @torch.no_grad()
+    def _weights(self, student: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        """[B, T] weight of each token, mean 1 over a row: `far_weight` of it by the teacher's far attention."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        query, key, _ = student._nha_projections(hidden)
+        turn = [values[:, :, None] for values in kwargs["position_embeddings"]]  # [B or 1,T,1,D]
+        own = own_windows(student.config)[student.layer_idx]
+        far = far_share(
+            rotate(query, *turn),
+            rotate(key, *turn),
+            student.scaling,
+            student.nha_window,
+            student.config.nha_sinks,
+            own=own,
+            documents=_documents(kwargs.get("nha_cu_seqlens"), hidden),
+        )
+        mean = far.mean(1, keepdim=True)
+        relative = torch.where(mean > 0, far / mean.clamp_min(torch.finfo(far.dtype).tiny), 1.0)
+        share = self.settings.far_weight
+        return 1 - share + share * relative
 
     def worst_layer(self, batch: Batch) -> int:
         """The layer with the largest error, the first that is not a number before all."""
@@ -214,6 +215,15 @@ def _using(layer: Any, kept: dict[str, torch.Tensor]) -> Iterator[None]:
         for projection in given.values():
             del projection.forward
         kept.clear()
+
+
+def _documents(cu_seqlens: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:
+    """[B, T] number of each token's document, from the documents' ends with all rows end to end."""
+    if cu_seqlens is None:
+        return None
+    rows, length = hidden.shape[:2]
+    places = torch.arange(rows * length, device=hidden.device)
+    return torch.searchsorted(cu_seqlens.to(places), places, right=True).view(rows, length)
 
 
 class _Seen(Exception):
