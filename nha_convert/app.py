@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .bench_app import bench_app
 from .checkpoint_app import checkpoint_app
 from .command_options import (
     JsonOption,
@@ -60,6 +61,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.add_typer(checkpoint_app)
+app.add_typer(bench_app)
 app.add_typer(search_app)
 app.add_typer(recipes_app, name="recipes")
 
