@@ -60,7 +60,7 @@ def heatmap(
             for x, value in enumerate(line):
                 share = _share(value, limits, logarithmic)
                 opacity = FAINT + (STRONG - FAINT) * share
-                look = {"facecolor": SERIES["final"], "edgecolor": "none", "alpha": opacity}
+                look: dict[str, Any] = {"facecolor": SERIES["final"], "edgecolor": "none", "alpha": opacity}
                 axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, **look))
                 if written:
                     text = "–" if value is None else write(value)

@@ -24,13 +24,13 @@ caption { text-align: left; padding-bottom: .3rem; position: sticky; left: 0; }
 th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid);
   vertical-align: top; font-weight: 400; overflow-wrap: normal; }
 thead th { font-weight: 600; white-space: normal; vertical-align: bottom; }
-tbody th { min-width: 7rem; white-space: normal; }
+tbody th { min-width: 7.6rem; white-space: normal; }
 th small, td small { display: block; }
 tr > :first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
 tr.final > * { font-weight: 600; }
 table.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; } table.facts th { width: 13rem; }
 @media (max-width: 34rem) { table.facts th, table.facts td { display: block; width: auto; border: 0; padding: .1rem 0; }
-  table.facts th { color: var(--soft); padding-top: .6rem; } tbody th { min-width: 0; max-width: 8rem; }
+  table.facts th { color: var(--soft); padding-top: .6rem; } tbody th { min-width: 6rem; max-width: 8rem; }
   table.facts th { max-width: none; } }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem;
   align-items: start; margin: .6rem 0; }

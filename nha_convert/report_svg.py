@@ -101,18 +101,18 @@ def legend(axes: Axes, columns: int = 3) -> None:
 
 
 def log_scale(axes: Axes, values: list[float]) -> None:
-    """Logarithmic y with plain numbers, at minor ticks too if less than a decade is shown; linear below a factor 3."""
+    """Logarithmic y with plain numbers, at some minor ticks too if two decades are shown; linear below a factor 3."""
     if not values or min(values) <= 0 or max(values) < 3 * min(values):
         return
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
-    narrow = max(values) < 10 * min(values)
-    axes.yaxis.set_minor_formatter(FuncFormatter(_one_digit) if narrow else NullFormatter())
+    shown = "235" if max(values) < 10 * min(values) else "25"  # of a decade: more would stand on each other
 
+    def some(value: float, _: Any) -> str:
+        return f"{value:g}" if f"{value:.0e}"[0] in shown else ""
 
-def _one_digit(value: float, _: Any) -> str:
-    """1, 2, 3, 5 of a decade: more would stand on each other."""
-    return f"{value:g}" if f"{value:.0e}"[0] in "1235" else ""
+    few = max(values) < 100 * min(values)
+    axes.yaxis.set_minor_formatter(FuncFormatter(some) if few else NullFormatter())
 
 
 def token_axis(axes: Axes, counts: Iterable[int]) -> None:

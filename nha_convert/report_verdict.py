@@ -137,9 +137,10 @@ def _lead(shares: dict[str, Estimate], timed: dict[str, Any] | None) -> str:
     if timed is None:
         return f"{kept}; its cache memory and speed are not measured."
     share = timed["cache_bytes"]["student"] / timed["cache_bytes"]["teacher"]
+    memory = f"{100 * share:.3g}" if share >= 0.1 else f"{100 * share:.2g}"
     ratio = timed["ratio"]["median"]
     speed = f"decodes {ratio:.1f}\u00a0× faster" if ratio >= 1 else f"decodes at {ratio:.2f} × the teacher's speed"
-    return f"{kept}, uses {100 * share:.3g}\u00a0% of its cache memory and {speed} at {timed['context']:,} tokens."
+    return f"{kept}, uses {memory}\u00a0% of its cache memory and {speed} at {timed['context']:,} tokens."
 
 
 def _definition(evaluation: dict[str, Any]) -> str:
@@ -204,7 +205,7 @@ def _agreement(evaluation: dict[str, Any]) -> list[tuple[bool, str]]:
         f"KL to the teacher is {final['kl']:.4f}{_span(intervals.get('kl'), '.4f')} nats per token; the first choice "
         f"is the same at {final['top1']:.3f}{_span(intervals.get('top1'), '.3f')} of them"
     )
-    return [(True, f"{said}.") if final["kl"] <= MOST_KL else (False, f"{said}; more than {MOST_KL} nats.")]
+    return [(True, f"{said}.") if final["kl"] <= MOST_KL else (False, f"{said}; that is above {MOST_KL} nats.")]
 
 
 def _lost_recall(evaluation: dict[str, Any]) -> list[str]:
@@ -213,15 +214,15 @@ def _lost_recall(evaluation: dict[str, Any]) -> list[str]:
     sentences = []
     for task in tasks:
         lost = [
-            f"at {where} {ours['exact_match']:.2f} [{ours['low']:.2f}, {ours['high']:.2f}] instead of "
+            f"at {where} {ours['exact_match']:.2f} [{ours['low']:.2f}, {ours['high']:.2f}], teacher "
             f"{theirs['exact_match']:.2f} [{theirs['low']:.2f}, {theirs['high']:.2f}]"
             for where, theirs, ours in _asked_both(evaluation, task)
             if ours["high"] < theirs["low"]
         ]
         if lost:
-            more = f", and at {len(lost) - 3} more" if len(lost) > 3 else ""
+            more = f"; and at {len(lost) - 3} more" if len(lost) > 3 else ""
             name = "Recall" if task == "recall" else f"Recall ({task})"
-            sentences.append(f"{name} is lost {', '.join(lost[:3])}{more}.")
+            sentences.append(f"{name} is lost: {'; '.join(lost[:3])}{more}.")
     return sentences
 
 

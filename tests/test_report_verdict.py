@@ -68,7 +68,7 @@ def test_a_good_run() -> None:
 def test_the_smaller_share_leads() -> None:
     lost = verdict(evaluation(exact=0.375), PASSED, bench())  # 0.25 instead of 0.75 at 512 tokens
     assert plain(lost.lead).startswith("Keeps 71.4 % of the teacher's quality (95 % interval ")
-    assert lost.wrong == ["Recall is lost at 512 tokens 0.25 [0.20, 0.30] instead of 0.75 [0.70, 0.80]."]
+    assert lost.wrong == ["Recall is lost: at 512 tokens 0.25 [0.20, 0.30], teacher 0.75 [0.70, 0.80]."]
     better = verdict(evaluation(nll=2.45), PASSED, bench())
     assert plain(better.lead).startswith("Keeps 100.0 % of the teacher's quality")  # never more than all
     assert "likelihood 105.1 %" in better.how[0]
@@ -130,7 +130,7 @@ def test_an_unfinished_run() -> None:
 
 def test_failed_verification_and_far_from_the_teacher() -> None:
     said = verdict(evaluation(kl=0.4), {"passed": False}, bench())
-    assert said.wrong[0].endswith("more than 0.05 nats.")
+    assert said.wrong[0].endswith("that is above 0.05 nats.")
     assert said.wrong[1] == "The exported model failed its verification."
 
 
