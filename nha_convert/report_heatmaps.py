@@ -71,7 +71,8 @@ def heatmap(
         _ticks(axes.set_xticks, columns, 8 if max(map(len, columns)) > 4 else 16)
         _ticks(axes.set_yticks, rows, 40)
         axes.tick_params(length=0, labelsize=9)
-        axes.set_xlabel(labels[0])
+        scale = "" if written else f"; faint: {write(limits[0])}, strong: {write(limits[1])}"
+        axes.set_xlabel(labels[0] + scale)
         axes.set_ylabel(labels[1])
         for spine in axes.spines.values():
             spine.set_visible(False)

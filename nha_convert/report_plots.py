@@ -70,8 +70,9 @@ def _stage_name(stage: str) -> str:
 
 
 def _running_mean(values: list[float], width: int) -> list[float]:
-    """Mean of the `width` values up to each."""
-    parts = (values[max(0, index + 1 - width) : index + 1] for index in range(len(values)))
+    """Mean of some `width` values around each, as many before as after it."""
+    reach = [min(width // 2, index, len(values) - 1 - index) for index in range(len(values))]
+    parts = (values[index - far : index + far + 1] for index, far in enumerate(reach))
     return [sum(part) / len(part) for part in parts]
 
 

@@ -169,13 +169,16 @@ def _span(interval: list[float] | tuple[float, float] | None, form: str) -> str:
 
 
 def _dead_layers(evaluation: dict[str, Any]) -> list[str]:
-    """Layers whose slots may as well be masked."""
+    """Layers whose slots may as well be masked, in one sentence."""
     gains = (evaluation.get("final") or {}).get("layer_ablation") or []
     unused = [gain for gain in gains if gain["interval"] and gain["interval"][0] <= 0]
+    if not unused:
+        return []
+    said = [f"{gain['layer']} by {gain['nll_gain']:.4f}{_span(gain['interval'], '.4f')}" for gain in unused[:4]]
+    more = f", and {len(unused) - 4} more" if len(unused) > 4 else ""
     return [
-        f"Layer {gain['layer']}: its slots may be unused; they lower the NLL by {gain['nll_gain']:.4f}"
-        f"{_span(gain['interval'], '.4f')} nats."
-        for gain in unused
+        f"The slots of {len(unused)} of {len(gains)} NHA layers may be unused. They lower the NLL, in nats, in layer "
+        f"{', '.join(said)}{more}."
     ]
 
 

@@ -85,7 +85,8 @@ def test_a_dead_memory() -> None:
     }
     said = verdict(evaluation(**dead), PASSED, bench())
     assert said.wrong == [
-        "Layer 0: its slots may be unused; they lower the NLL by -0.0001 [-0.0004, 0.0002] nats.",
+        "The slots of 1 of 2 NHA layers may be unused. They lower the NLL, in nats, in layer 0 by -0.0001 [-0.0004, "
+        "0.0002].",
         "Memory recovery is -0.020 [-0.100, -0.001] (1 is the teacher, 0 a dead memory): the memory is dead.",
     ]
 

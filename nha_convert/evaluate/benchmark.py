@@ -66,8 +66,8 @@ def filled_cache(model: Any, context: int) -> DynamicCache:
     """
     windows = [layer.nha_window or 0 for _, layer in nha_layers(model)]
     read = min(context, LAID_DOWN * max([16, *windows]))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (1, read), generator=generator).to(model.device)
+    generator = torch.Generator(model.device).manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (1, read), generator=generator, device=model.device)
     cache = prefill(model, ids, read)
     for layer in cache.layers:
         if hasattr(layer, "state"):
@@ -80,8 +80,8 @@ def filled_cache(model: Any, context: int) -> DynamicCache:
 
 
 def _random_like(x: torch.Tensor, tokens: int, generator: torch.Generator) -> torch.Tensor:
-    """[B,G,tokens,D] of `x`'s kind."""
-    return torch.randn(*x.shape[:2], tokens, x.shape[3], generator=generator).to(x)
+    """[B,G,tokens,D] of the dtype of `x` [B,G,T,D], where it is."""
+    return torch.randn(*x.shape[:2], tokens, x.shape[3], generator=generator, dtype=x.dtype, device=x.device)
 
 
 def cache_bytes(cache: DynamicCache) -> int:

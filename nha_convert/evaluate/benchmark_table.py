@@ -47,7 +47,8 @@ def bench_notes(bench: dict[str, Any]) -> list[str]:
         f"Teacher: {bench['teacher']}, with transformers' DynamicCache.",
         "Caches for decoding hold random keys and values.",
     ]
-    beyond = [row["context"] for row in bench["decode"] if row["context"] > positions]
+    lengths = {row["context"] for row in bench["decode"]} | {row["tokens"] for row in bench["prefill"]}
+    beyond = sorted(length for length in lengths if length > positions)
     if beyond:
         listed = ", ".join(f"{context:,}" for context in beyond)
         notes.append(f"Beyond the model's {positions:,} positions, and so for time and memory alone: {listed}.")

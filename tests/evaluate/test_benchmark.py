@@ -176,3 +176,22 @@ def test_tables(student: Any) -> None:
     assert "Beyond the model's 512 positions, and so for time and memory alone: 700." in notes
     assert "the student's own weights in teacher mode" in notes
     assert [byte_text(number) for number in (12, 4068000, 999_600, 1.5e12)] == ["12 B", "4.07 MB", "1000 kB", "1500 GB"]
+
+
+def test_an_accelerator_is_waited_for_and_its_memory_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA device is asked, in which order; the device itself is not needed."""
+    asked: list[str] = []
+    allocated = {"memory_allocated": 700, "max_memory_allocated": 1000}
+    for name, answer in allocated.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: asked.append("reset"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda _: asked.append("wait"))
+    device = torch.device("cuda", 0)
+    with benchmark._working_memory(device) as peak:
+        benchmark.timed(lambda: asked.append("work"), device)
+    assert asked == ["reset", "wait", "work", "wait"]
+    assert peak() == 300
+    turns = benchmark._turns(lambda mode: (1.0, 300 if mode == "student" else 400), 3, 100.0)
+    assert turns["working_bytes"] == {"teacher": 400, "student": 300}
+    benchmark.timed(lambda: None, torch.device("cpu"))
+    assert asked.count("wait") == 2
