@@ -9,12 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
+from nha_convert import pipeline
 from nha_convert.bench_checkpoint import bench_models
 from nha_convert.convert import load_student
 from nha_convert.evaluate import benchmark
 from nha_convert.evaluate.benchmark import cache_bytes, filled_cache, measure, prefill, summary
 from nha_convert.evaluate.benchmark_table import bench_notes, byte_text, decode_rows, prefill_rows
 from nha_convert.modeling.attention_nha import teacher_mode
+from nha_convert.recipe import load_recipe
 from nha_convert.settings import EvaluateSettings, NHASettings
 
 SMALL: dict[str, Any] = {"benchmark_contexts": [40, 700], "benchmark_prefill": [32, 64], "benchmark_repeats": 4}
@@ -195,3 +197,20 @@ def test_an_accelerator_is_waited_for_and_its_memory_counted(monkeypatch: pytest
     assert turns["working_bytes"] == {"teacher": 400, "student": 300}
     benchmark.timed(lambda: None, torch.device("cpu"))
     assert asked.count("wait") == 2
+
+
+def test_a_run_times_its_model_once(student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not at all where it is told not to, or where every step would read the base model from disk."""
+    job = pipeline.Job.__new__(pipeline.Job)
+    job.out, job.quiet, job.recipe = tmp_path, True, load_recipe("demo", ["evaluate.benchmark=false"])
+    job._benchmark(student)
+    job.recipe = load_recipe("demo", ["evaluate.benchmark_contexts=[40]", "evaluate.benchmark_prefill=[]"])
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "is_streamed", lambda _: True)
+        job._benchmark(student)
+    assert list(tmp_path.iterdir()) == []
+    job._benchmark(student)
+    assert json.loads((tmp_path / "bench.json").read_text())["decode"][0]["context"] == 40
+    (tmp_path / "bench.json").write_text("{}")
+    job._benchmark(student)
+    assert (tmp_path / "bench.json").read_text() == "{}"
