@@ -270,7 +270,7 @@ def plan(
 
 @app.command(short_help="Write report.html of a run.")
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, finished or not")]) -> None:
-    """Writes report.html of a run: table, plots and recipe on one page that needs no network."""
+    """Writes report.html of a run: verdict, tables, plots and recipe on one page that needs no network."""
     require_run(run_dir)
     from .report import write_report
 

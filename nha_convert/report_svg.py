@@ -36,7 +36,7 @@ MARKERS = {"teacher": "s", "window_only": "x", "memory_only": "+", "swapped": "v
 """So that no line is told from another by its colour alone."""
 STYLE = {
     "svg.fonttype": "none",
-    "font.size": 10,
+    "font.size": 10.5,
     "text.color": TEXT,
     "axes.labelcolor": TEXT,
     "axes.edgecolor": TEXT,
@@ -48,7 +48,7 @@ STYLE = {
     "grid.color": GRID,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "legend.fontsize": 9,
+    "legend.fontsize": 9.5,
     "legend.handlelength": 2.2,
 }
 

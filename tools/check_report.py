@@ -20,7 +20,7 @@ from typing import Any
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SIZES = {"phone": (360, 800), "desktop": (1280, 900)}
 SCHEMES = ("light", "dark")
-LEAST_PIXELS = 7.5
+LEAST_PIXELS = 8.0
 """Height of a plot's letters, as the browser shows them."""
 PROBE = """
 () => {
