@@ -68,7 +68,7 @@ def heatmap(
                     axes.text(x, y, text + below, ha="center", va="center", fontsize=9.6, linespacing=1.1)
         axes.set_xlim(-0.5, len(columns) - 0.5)
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        _ticks(axes.set_xticks, columns, 8 if max(map(len, columns)) > 4 else 16)
+        _ticks(axes.set_xticks, columns, 8 if max(map(len, columns)) > 4 else 14)
         _ticks(axes.set_yticks, rows, 40)
         axes.tick_params(length=0, labelsize=9.5)
         scale = "" if written else f"; faint: {write(limits[0])}, strong: {write(limits[1])}"

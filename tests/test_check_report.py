@@ -37,7 +37,8 @@ def test_what_is_wrong_is_found(tmp_path: Path) -> None:
     page.write_text(
         '<!doctype html><html lang="en"><body><main><div style="width: 900px">wide</div>'
         '<svg viewBox="0 0 300 40" width="300" aria-label="plot"><text x="290" y="20" font-size="12">outside</text>'
-        '<text x="5" y="20" style="font-size: 3px">tiny</text></svg><svg></svg>'
+        '<text x="5" y="20" style="font-size: 3px">tiny</text><text x="200" y="20">one</text>'
+        '<text x="205" y="22">two</text></svg><svg></svg>'
         '<img src="missing.png" alt=""><script>console.warn("careful")</script></main></body></html>'
     )
     wrong = [line for line in looked_at(page, tmp_path / "shots") if line.startswith("phone, dark: ")]
@@ -46,6 +47,7 @@ def test_what_is_wrong_is_found(tmp_path: Path) -> None:
         "<div> reaches to",
         '"outside" leaves the plot "plot"',
         '"tiny" of the plot "plot" is 3.0 px high',
+        '"two" lies on "one" in the plot "plot"',
         "a plot has no aria-label",
         "console warning: careful",
         "request for file://",

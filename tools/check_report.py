@@ -4,8 +4,8 @@
     python tools/check_report.py runs/demo --out /tmp/shots
 
 Fails (exit 1, one line each) on a console message of level warning or above, on a request for anything but the page
-itself, where the page can be scrolled sideways, where a text of a plot leaves its plot, and where a plot's text is
-smaller than can be read. Writes a screenshot of the whole page for each of the four.
+itself, where the page can be scrolled sideways, where a text of a plot leaves its plot or lies on another, and where a
+plot's text is smaller than can be read. Writes a screenshot of the whole page for each of the four.
 """
 
 from __future__ import annotations
@@ -35,8 +35,16 @@ PROBE = """
   for (const svg of document.querySelectorAll('svg')) {
     const frame = svg.getBoundingClientRect(), name = svg.getAttribute('aria-label');
     if (!name) wrong.push('a plot has no aria-label');
+    const before = [];
     for (const text of svg.querySelectorAll('text')) {
       const box = text.getBoundingClientRect(), said = text.textContent.trim();
+      for (const [other, there] of before) {
+        const wide = Math.min(box.right, other.right) - Math.max(box.left, other.left);
+        const high = Math.min(box.bottom, other.bottom) - Math.max(box.top, other.top);
+        if (wide > 1 && high > 0.5 * Math.min(box.height, other.height))
+          wrong.push(`"${said}" lies on "${there}" in the plot "${name}"`);
+      }
+      before.push([box, said]);
       const across = Math.max(frame.left - box.left, box.right - frame.right);
       const out = Math.max(across, frame.top - box.top, box.bottom - frame.bottom);
       if (out > 1) wrong.push(`"${said}" leaves the plot "${name}" by ${out.toFixed(1)} px`);
