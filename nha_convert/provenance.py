@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
@@ -25,9 +26,11 @@ def versions() -> dict[str, str]:
     }
 
 
+@functools.cache
 def commit() -> str | None:
     """The commit of the checkout that this package lies in, with `-dirty` where files differ; None if it is installed.
 
+    Asked once, since what is checked out later is not what this process runs.
     Only the package's own parent folder is asked, never a repository further up.
     """
     root = Path(__file__).resolve().parents[1]

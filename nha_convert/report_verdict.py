@@ -73,7 +73,7 @@ def verdict(evaluation: dict[str, Any], verification: dict[str, Any] | None, ben
     good: list[str] = []
     for is_good, sentence in [*_memory(evaluation), *_agreement(evaluation), *_verified(verification)]:
         (good if is_good else wrong).append(sentence)
-    wrong = [*_dead_layers(evaluation), *wrong, *_lost_recall(evaluation), *_slower(bench)]
+    wrong = [*_dead_layers(evaluation), *wrong, *_lost_recall(evaluation), *_idle(evaluation), *_slower(bench)]
     return Verdict(lead, how, _definition(evaluation), wrong, _missing(evaluation, verification, bench), good)
 
 
@@ -227,6 +227,23 @@ def _lost_recall(evaluation: dict[str, Any]) -> list[str]:
             name = "Recall" if task == "recall" else f"Recall ({task})"
             sentences.append(f"{name} is lost: {'; '.join(lost[:3])}{more}.")
     return sentences
+
+
+def _idle(evaluation: dict[str, Any]) -> list[str]:
+    """Recall that the slots have no part in: the model answers as much with them masked."""
+    cells = [_cells(evaluation.get(key) or {}, "recall") for key in ("final", "window_only")]
+    both = [(cell, cells[1][where]) for where, cell in cells[0].items() if where in cells[1]]
+    total = sum(cell["prompts"] for cell, _ in both)
+    whole, masked = (sum(pair[side]["exact_match"] * pair[side]["prompts"] for pair in both) for side in (0, 1))
+    if not total or whole / total < LEAST_RECALL:
+        return []
+    low, high = wilson_interval(round(whole), total)
+    if wilson_interval(round(masked), total)[1] < low:
+        return []
+    return [
+        f"Recall does not show the memory at work: the model gives {whole / total:.2f} [{low:.2f}, {high:.2f}] of the "
+        f"answers, and {masked / total:.2f} with its slots masked, through the window or full layers."
+    ]
 
 
 def _slower(bench: dict[str, Any] | None) -> list[str]:

@@ -101,6 +101,20 @@ def test_a_weak_memory(interval: list[float] | None, words: str) -> None:
     assert line.startswith("Memory recovery is 0.800") and words in line
 
 
+def test_recall_without_the_slots() -> None:
+    """As in a model whose full layer does the recall: said, unless masking the slots costs answers."""
+    rows = evaluation()
+    rows["window_only"] = {"nll": 2.6, "recall": {"128": cell(1.0), "512": cell(0.6875)}}
+    assert verdict(rows, PASSED, bench()).wrong == [
+        "Recall does not show the memory at work: the model gives 0.88 [0.81, 0.92] of the answers, and 0.84 with its "
+        "slots masked, through the window or full layers."
+    ]
+    rows["window_only"]["recall"] = {"128": cell(0.5), "512": cell(0.0)}
+    assert verdict(rows, PASSED, bench()).wrong == []
+    rows["final"]["recall"] = rows["window_only"]["recall"] = {"128": cell(0.0)}  # nothing to explain
+    assert not any("at work" in line for line in verdict(rows, PASSED, bench()).wrong)
+
+
 def test_nothing_timed() -> None:
     said = verdict(evaluation(), None, None)
     assert plain(said.lead) == (
