@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .bench_app import bench_app
 from .checkpoint_app import checkpoint_app
 from .command_options import (
     JsonOption,
@@ -60,6 +61,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.add_typer(checkpoint_app)
+app.add_typer(bench_app)
 app.add_typer(search_app)
 app.add_typer(recipes_app, name="recipes")
 
@@ -268,7 +270,7 @@ def plan(
 
 @app.command(short_help="Write report.html of a run.")
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, finished or not")]) -> None:
-    """Writes report.html of a run: table, plots and recipe on one page that needs no network."""
+    """Writes report.html of a run: verdict, tables, plots and recipe on one page that needs no network."""
     require_run(run_dir)
     from .report import write_report
 

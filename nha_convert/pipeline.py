@@ -1,8 +1,8 @@
 """The main job, from a recipe to an exported and verified model; every finished step is kept and not run again.
 
-Run folder: recipe.yaml, search.json (of `auto:N`), plan.json, gates.safetensors (where gates start from text),
-evaluation/*.json, stages/NN-kind/, metrics.jsonl, eval.json, export_check.safetensors, export/, verify.json and
-report.html.
+Run folder: recipe.yaml, search.json (`auto:N`), plan.json, run.json, gates.safetensors (where gates start from text),
+evaluation/*.json, stages/NN-kind/, metrics.jsonl, eval.json, export_check.safetensors, export/, verify.json,
+bench.json and report.html.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from .bench_checkpoint import BENCH, bench_models
 from .convert import load_student, new_parameter_names
 from .data import held_out_tokens, recall_filler, training_dataset
 from .devices import find_device, input_device, world_of
@@ -35,6 +36,7 @@ from .plan import make_plan
 from .plan_memory import stage_cost
 from .plan_time import stage_time
 from .preflight import preflight
+from .provenance import PROVENANCE, provenance
 from .publish.export import export_model
 from .publish.verify import verify_checkpoint
 from .recipe import Recipe, dump_recipe
@@ -173,6 +175,7 @@ class Job:
             write_text(out / "recipe.yaml", dump_recipe(recipe))
             machine = find_machine(count=self.engine.world)
             write_json(out / "plan.json", make_plan(recipe, stage_cost, stage_time, machine))
+            write_json(out / PROVENANCE, provenance())
         model: Any = self._load_streamed() if recipe.stages and recipe.by_layer(0) else self._student().to(self.home)
         self._measure(model, "teacher")
         self._measure(model, "swapped", last=not recipe.stages)
@@ -190,10 +193,8 @@ class Job:
 
     def _load(self, recipe: Recipe | None = None) -> Any:
         recipe = recipe or self.recipe
-        dtype = getattr(torch, recipe.runtime.dtype)
-        return load_student(
-            self.teacher_dir, recipe.nha, dtype=dtype, seed=recipe.seed, length=recipe.training_length
-        )
+        dtype, length = getattr(torch, recipe.runtime.dtype), recipe.training_length
+        return load_student(self.teacher_dir, recipe.nha, dtype=dtype, seed=recipe.seed, length=length)
 
     def _student(self) -> Any:
         """The student as it starts; gates that start from text are found once, by rank 0, and kept."""
@@ -298,10 +299,17 @@ class Job:
                 evaluation=evaluation,
                 max_shard_size=recipe.export.max_shard_size,
             )
-        write_json(out / "verify.json", verify_checkpoint(
-                out / "export", expected=out / "export_check.safetensors", offload=is_streamed(model)
-            ))
+        expected = out / "export_check.safetensors"
+        verified = verify_checkpoint(out / "export", expected=expected, offload=is_streamed(model))
+        write_json(out / "verify.json", verified)
+        self._benchmark(model)
         write_report(out)
+
+    def _benchmark(self, model: Any) -> None:
+        """bench.json, once; not of a model whose base tensors are read from disk at every step."""
+        path, settings = self.out / BENCH, self.recipe.evaluate
+        if settings.benchmark and not path.exists() and not is_streamed(model):
+            write_json(path, bench_models(model, settings, quiet=self.quiet))
 
 
 def moved(model: Any, device: torch.device) -> Any:

@@ -177,13 +177,15 @@ def window_settings(overrides: list[str], command: str) -> NHASettings | None:
     return parse_recipe(_SMALLEST, "--set", overrides).nha if overrides else None
 
 
-def evaluate_settings(checkpoint: Path, overrides: list[str]) -> EvaluateSettings:
+def evaluate_settings(checkpoint: Path, overrides: list[str], command: str = "eval") -> EvaluateSettings:
     """The `evaluate` settings of the recipe inside a checkpoint, or the defaults, with overrides.
 
+    Args:
+        command: named in messages.
     Raises:
         InputError: an override is wrong, or names another setting.
     """
-    _only(overrides, ("evaluate",), "eval")
+    _only(overrides, ("evaluate",), command)
     path = checkpoint / "recipe.yaml"
     text = _text(path) if path.is_file() else _SMALLEST
     return parse_recipe(text, str(path), overrides).evaluate

@@ -164,6 +164,11 @@ class EvaluateSettings(Settings):
         task_distances: as multiples of the window.
         layer_ablation: of the final model, also mask the slots of one layer at a time.
         seed: of the tasks' documents and of the confidence intervals; the recall table's documents are always the same.
+        benchmark: at the end of a run, also time the final model beside its teacher; `nha-convert bench` always does.
+        benchmark_contexts: tokens before the timed decode step, in caches that are filled, not read.
+        benchmark_prefill: tokens of the timed prefills; [] times none.
+        benchmark_repeats: timed decode steps of each per context, by turns.
+        benchmark_seconds: after so many at one context repeats stop (3 at least); longer prefills are left out.
     """
 
     sequence_length: Annotated[Count, Field(ge=8)] = 1024
@@ -178,6 +183,11 @@ class EvaluateSettings(Settings):
     task_distances: Annotated[list[Positive], Field(min_length=1)] = [0.5, 1, 2, 4, 8, 16, 32]
     layer_ablation: StrictBool = False
     seed: CountFromZero = 0
+    benchmark: StrictBool = True
+    benchmark_contexts: Annotated[list[Tokens], Field(min_length=1)] = [1024, 4096, 16384, 32768]
+    benchmark_prefill: list[Tokens] = [1024, 4096]
+    benchmark_repeats: Count = 20
+    benchmark_seconds: Positive = 10.0
 
     @field_validator("tasks")
     @classmethod

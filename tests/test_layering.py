@@ -66,11 +66,20 @@ LAYERS = {
     "nha_convert.run_folder": WORK,
     "nha_convert.publish": WORK,
     "nha_convert.publish.export_request": COMMANDS,
+    "nha_convert.bench_checkpoint": WORK,
+    "nha_convert.bench_app": COMMANDS,
+    "nha_convert.provenance": WORK,
     "nha_convert.report": WORK,
+    "nha_convert.report_data": WORK,
+    "nha_convert.report_heatmaps": WORK,
+    "nha_convert.report_plots": WORK,
+    "nha_convert.report_style": WORK,
+    "nha_convert.report_svg": WORK,
+    "nha_convert.report_tables": WORK,
+    "nha_convert.report_verdict": WORK,
     "nha_convert.memory_tracker": MODELS,
     "nha_convert.plan_memory": WORK,
     "nha_convert.plan_time": WORK,
-    "nha_convert.report_plots": WORK,
     "nha_convert.generate": WORK,
     "nha_convert.inference_windows": MODELS,
     "nha_convert.serve": WORK,
@@ -87,7 +96,7 @@ TORCH_FREE = BASE | {
     f"nha_convert.{name}"
     for name in (
         *("preflight", "command_options", "publish.export_request", "publish.hub"),
-        *("recipes_app", "checkpoint_app", "search_app", "app"),
+        *("recipes_app", "checkpoint_app", "bench_app", "search_app", "app", "provenance", "report_data"),
         *("search", "search.record", "search.request", "search.choose", "search.tables"),
     )
 }

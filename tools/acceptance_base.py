@@ -47,12 +47,10 @@ def stamp(command: str) -> dict[str, str]:
     import torch
     import transformers
 
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        processor = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), processor)
+    from nha_convert.provenance import processor
+
     return {
-        "machine": f"{os.cpu_count()} cores of {processor}, Python {platform.python_version()}, "
+        "machine": f"{os.cpu_count()} cores of {processor()}, Python {platform.python_version()}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}",
         "commit": run(["git", "rev-parse", "--short", "HEAD"], ROOT).stdout.strip(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),

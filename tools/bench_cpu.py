@@ -15,12 +15,9 @@ import contextlib
 import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +28,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from nha_kernels import log_decay_from_logits, nha_attention  # noqa: E402
-from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config  # noqa: E402
+from transformers import AutoModelForCausalLM, Qwen2Config  # noqa: E402
 
 from nha_convert.convert import nha_config  # noqa: E402
+from nha_convert.evaluate import benchmark  # noqa: E402
+from nha_convert.evaluate.benchmark import prefill, timed  # noqa: E402
 from nha_convert.gate_init import init_gates  # noqa: E402
 from nha_convert.modeling.attention_nha import nha_layers, teacher_mode  # noqa: E402
-from nha_convert.settings import NHASettings  # noqa: E402
+from nha_convert.provenance import processor  # noqa: E402
+from nha_convert.settings import EvaluateSettings, NHASettings  # noqa: E402
 
 HEADS, GROUPS, DIM, HIDDEN, INTERMEDIATE = 14, 2, 64, 896, 4864
 SLOTS, WINDOW, SINKS = 64, 64, 4
@@ -91,20 +91,6 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def timed(work: Callable[[], Any]) -> float:
-    """Seconds of one run."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def prefill(model: Any, ids: torch.Tensor, chunk: int) -> None:
-    """Read `ids` [1,T] into a cache, `chunk` tokens per call, and give the last token's logits."""
-    cache = model.new_cache()
-    for part in ids.split(chunk, 1):
-        model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-
 def measure_prefill(model: Any, options: argparse.Namespace) -> dict[str, float]:
     """Seconds for all tokens: at once, and in chunks, for teacher and student."""
     ids = torch.randint(0, options.vocabulary, (1, options.tokens))
@@ -156,53 +142,14 @@ def measure_attention(options: argparse.Namespace) -> dict[str, float]:
     return {name: statistics.median(x) for name, x in runs.items()}
 
 
-def filled_cache(model: Any, mode: str, context: int) -> DynamicCache:
-    """A cache as after `context` tokens.
-
-    The teacher's keys and values are random. The student reads a few windows of tokens, which fills all that it has,
-    and its position is moved to the context.
-    """
-    cache: DynamicCache = model.new_cache()
-    if mode == "teacher":
-        for layer in range(model.config.num_hidden_layers):
-            key, value = torch.randn(2, 1, GROUPS, context, DIM).to(model.dtype).unbind(0)
-            cache.update(key.clone(), value.clone(), layer)
-        return cache
-    ids = torch.randint(0, model.config.vocab_size, (1, min(context, 4 * WINDOW)))
-    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    for entry in cache.layers:
-        entry.seen = context
-        entry.state.seen.fill_(context)
-    return cache
-
-
-def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes of every tensor that the cache holds."""
-    total = 0
-    for layer in cache.layers:
-        tensors = layer.state.tensors().values() if hasattr(layer, "state") else (layer.keys, layer.values)
-        total += sum(x.untyped_storage().nbytes() for x in tensors)
-    return total
-
-
 def measure_decode(model: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Per context: median seconds per token of both, step by step in turns, and the bytes of their caches."""
+    settings = EvaluateSettings(benchmark_repeats=options.steps, benchmark_seconds=1e9)
     rows = []
-    token = torch.zeros(1, 1, dtype=torch.long)
     for context in options.contexts:
-        seconds: dict[str, list[float]] = {"student": [], "teacher": []}
-        caches, sizes = {}, {}
-        for mode in seconds:
-            with teacher_mode(model) if mode == "teacher" else contextlib.nullcontext():
-                caches[mode] = filled_cache(model, mode, context)
-                sizes[mode] = cache_bytes(caches[mode])
-        for _ in range(options.steps + 2):
-            for mode, cache in caches.items():
-                with teacher_mode(model) if mode == "teacher" else contextlib.nullcontext():
-                    step = timed(lambda cache=cache: model(token, past_key_values=cache, use_cache=True))  # type: ignore[misc]
-                    seconds[mode].append(step)
-        row: dict[str, Any] = {"context": context, "bytes": sizes}
-        row |= {mode: statistics.median(x[2:]) for mode, x in seconds.items()}  # two steps to warm up
+        measured = benchmark.measure_decode({"student": model, "teacher": model}, context, settings)
+        row: dict[str, Any] = {"context": context, "bytes": measured["cache_bytes"]}
+        row |= {mode: measured[mode]["median"] for mode in benchmark.MODES}
         say(f"decode at {context}: student {row['student'] * 1e3:.1f} ms, teacher {row['teacher'] * 1e3:.1f} ms")
         rows.append(row)
     return rows
@@ -210,15 +157,11 @@ def measure_decode(model: Any, options: argparse.Namespace) -> list[dict[str, An
 
 def environment() -> dict[str, Any]:
     """Machine, versions, commit, date and command."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
     git = ["git", "-C", str(ROOT)]
     changed = subprocess.run([*git, "status", "--porcelain", "kernels/nha_kernels"], capture_output=True, text=True)
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
     return {
-        "cpu": cpu,
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),

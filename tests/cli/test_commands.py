@@ -21,7 +21,7 @@ from nha_convert.publish.export import export_model
 from nha_convert.recipe import NHASettings, Recipe, dump_recipe, list_recipes, load_recipe
 
 COMMANDS = ["run", "swap", "plan", "search", "recipes", "eval", "export", "verify", "report", "generate", "serve"]
-COMMANDS += ["doctor"]
+COMMANDS += ["doctor", "bench"]
 
 
 @dataclass

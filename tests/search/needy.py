@@ -24,6 +24,8 @@ def small_recipe(model: Path | str, text: Path, *overrides: str) -> Recipe:
         "data": {"sources": [{"source": "text", "path": str(text)}], "held_out_tokens": 256},
         "stages": [{"kind": "align", "tokens": 384, "sequence_length": 48, "batch_size": 2, "save_steps": 2}],
         "evaluate": {
+            "benchmark_contexts": [64],
+            "benchmark_prefill": [],
             **{"sequence_length": LENGTH, "tokens": 256, "recall_pairs": 2, "recall_prompts": 2},
             "recall_distances": [2],
         },

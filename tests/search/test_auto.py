@@ -124,6 +124,8 @@ def test_a_run_and_its_resume(
     with pytest.raises(InputError, match="search.tokens is 384 in the folder, 192 now"):
         check_inputs(small_recipe(needy_model, words, "search.tokens=192"), out, resume=True)
     evaluation = pipeline.run(recipe, out, quiet=True, resume=True)
+    assert json.loads((out / "bench.json").read_text())["decode"][0]["context"] == 64
+    assert json.loads((out / "run.json").read_text())["versions"]["torch"]
     assert evaluation["settings"]["nha"]["full_attention_layers"] == [NEEDY]
     windows = AutoConfig.from_pretrained(out / "export", trust_remote_code=True).nha_windows
     assert windows == [8, 8, None, 8]

@@ -41,6 +41,8 @@ def write_recipe(path: Path, teacher: Path, text: Path, *, steps: int = STEPS, s
             "recall_pairs": 2,
             "recall_prompts": 2,
             "recall_distances": [2],
+            "benchmark_contexts": [64],
+            "benchmark_prefill": [],
         },
         "runtime": {"device": "cpu", "threads": 1, "logging_steps": 1, **more},
     }
