@@ -108,17 +108,43 @@ def _places(documents: Tensor) -> Tensor:
 
 
 def received_attention(
-    query: Tensor, key: Tensor, scale: float, window: int, sinks: int, *, own: int | None = None
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    window: int,
+    sinks: int,
+    *,
+    own: int | None = None,
+    power: float = 1.0,
 ) -> Tensor:
     """How much attention each token is given after it has left the window, by all queries and heads of its key's head.
 
     Args:
         As `attention_shares` and `beyond`.
+        power: of every share before it is added up: above 1, few strong looks count more than many weak ones.
     Returns:
         fp32 [B, T, G], at least 0.
     """
     total = torch.zeros(key.shape[:3], device=key.device)
     for age, shares in attention_shares(query, key, scale, own=own):
-        given = (shares * beyond(age, window, sinks)).sum((2, 3))  # [B,G,E]
+        given = (shares.pow(power) * beyond(age, window, sinks)).sum((2, 3))  # [B,G,E]
         total[:, : age.shape[1]] += given.transpose(1, 2)
+    return total
+
+
+def attention_by_distance(
+    query: Tensor, key: Tensor, scale: float, window: int, sinks: int, *, own: int | None = None
+) -> Tensor:
+    """What each head gives to tokens beyond the window, by how far they stand before the query.
+
+    Args:
+        As `attention_shares` and `beyond`.
+    Returns:
+        fp32 [H, T], summed over rows and queries; 0 below `window`.
+    """
+    length, heads = query.shape[1:3]
+    total = torch.zeros(heads, length, device=query.device)
+    for age, shares in attention_shares(query, key, scale, own=own):
+        far = (shares * beyond(age, window, sinks)).sum(0).flatten(0, 1).flatten(1)  # [H,C*E]
+        total.index_add_(1, age.clamp_min(0).flatten(), far)
     return total

@@ -10,14 +10,36 @@ import torch
 from .gate_calibration import k_means
 from .gate_init import Horizons, logit_of_horizon, spread_horizons
 
-WRITE_HORIZON = 1.5
-"""Tokens that a slot looks back over when a token of its own comes: most of what it held is gone."""
-KEEP = 8.0
+WRITE_HORIZON = 1.05
+"""Tokens that a slot looks back over when a token of its own comes: what it held is gone."""
+KEEP = 100.0
 """How many times its horizon a slot looks back over while other tokens come: its own end what it holds."""
-SHRINKAGE = 0.1
+SHRINKAGE = 0.02
 """Added to the covariance's diagonal, in units of its mean."""
 FLOOR = 1e-3
 """Least weight of a token among the clusters, in units of the mean."""
+POWER = 1.5
+"""Of the shares of attention that a token's weight adds up: what is looked at sharply needs a slot more than what is
+looked at by many in passing, which an average serves as well."""
+
+
+def coherence(distances: torch.Tensor, cos: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """How much of a channel's rotated product is left, on average, over the distances that a head looks across.
+
+    A slot has no position, so its score has to stand for all distances. The product of a pair of channels at distance d
+    turns with cos(d * frequency): fast channels add up to noise there, slow ones keep their sign.
+
+    Args:
+        distances: [H, T] attention by distance, at least 0.
+        cos: [T, rotary_dim] of positions 0, 1, ..., with the family's own factor in it.
+    Returns:
+        fp32 [H, D], at least 0; 1 in channels that are not rotated, and in heads that look nowhere.
+    """
+    total = distances.sum(1, keepdim=True)
+    turned = (distances @ cos.float() / total.clamp_min(torch.finfo(total.dtype).tiny)) * cos[0].float()  # [H,P]
+    found = torch.ones(len(distances), head_dim, device=distances.device)
+    found[:, : cos.shape[1]] = torch.where(total > 0, turned.clamp_min(0), 1.0)
+    return found
 
 
 def attended_gates(
@@ -40,7 +62,7 @@ def attended_gates(
     cluster receives, the shorter the slot's horizon.
 
     Args:
-        hidden: [n, C]; keys: [n, G, D] un-rotated, as the slots see them.
+        hidden: [n, C]; keys: [n, G, D] un-rotated, times what the slots' queries are scaled by.
         received: [n, G] attention received from beyond the window, at least 0; where a head has none, all count alike.
         horizons: ends of the spread.
         seed: of the clusters' starts.

@@ -69,10 +69,9 @@ class LayerInputs:
 
         Args:
             log_decay: [N, T, G, M].
-            query_scale: [H].
+            query_scale: [H, D].
             options: further ones of `nha_attention`.
         """
-        heads, dim = self.query.shape[2:]
         return nha_attention(
             self.query,
             self.key,
@@ -84,7 +83,7 @@ class LayerInputs:
             sinks=self.sinks,
             scale=self.scale,
             mask_empty=self.mask_empty,
-            slot_q_scale=query_scale[:, None].expand(heads, dim).contiguous(),
+            slot_q_scale=query_scale,
             **options,
         )
 
@@ -95,7 +94,7 @@ class GateStart:
 
     Attributes:
         weight: [G * M, C]; bias: [G * M].
-        slot_q_scale: [H] factors of the queries that meet the slots.
+        slot_q_scale: [H, D] factors of the queries that meet the slots.
         slot_bias: [H].
     """
 
@@ -237,6 +236,7 @@ def calibrated(
     *,
     with_query_scale: bool,
     with_slot_bias: bool,
+    channels: torch.Tensor | None = None,
 ) -> GateStart:
     """Scales gates to the teacher's attention: a search over four numbers per head that no gradient takes part in.
 
@@ -246,19 +246,21 @@ def calibrated(
     Args:
         weight: [G * M, C], bias: [G * M]: where to begin.
         with_query_scale, with_slot_bias: whether the layer has these parameters; else they stay 1 and 0.
+        channels: [H, D] scale of the queries that is scaled further; None: 1.
     """
     groups, heads = inputs.key.shape[2], inputs.query.shape[2]
     device = inputs.hidden.device
     logits = (inputs.hidden.float() @ weight.float().to(device).T).unflatten(-1, (groups, -1))  # [N,T,G,M]
     offset = bias.float().to(device).view(groups, -1)  # [G,M]
     biases = SLOT_BIASES if with_slot_bias else (0.0,)
+    base = torch.ones(inputs.query.shape[2:], device=device) if channels is None else channels.to(device)  # [H,D]
 
     def measured(state: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """[H] errors at each head's best slot bias, and these biases."""
         decay = log_decay_from_logits(
             state["rows"][:, None] * logits + offset + state["shift"][:, None], inputs.tau
         )
-        branches = _Branches(inputs, decay, state["query"])
+        branches = _Branches(inputs, decay, state["query"][:, None] * base)
         errors = torch.stack([branches.errors(torch.full((heads,), value, device=device)) for value in biases])
         best = errors.min(0)
         return best.values, torch.tensor(biases, device=device)[best.indices]
@@ -276,7 +278,7 @@ def calibrated(
     return GateStart(
         (state["rows"].repeat_interleave(offset.shape[1])[:, None] * weight.float().to(device)).cpu(),
         (offset + state["shift"][:, None]).flatten().cpu(),
-        state["query"].cpu(),
+        (state["query"][:, None] * base).cpu(),
         found[1].cpu(),
     )
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from .data import training_dataset
 from .devices import input_device
 from .errors import InputError
-from .far_attention import own_windows, received_attention
-from .gate_attended import attended_gates
+from .far_attention import attention_by_distance, own_windows, received_attention
+from .gate_attended import POWER, attended_gates, coherence
 from .gate_calibration import GateStart, LayerInputs, calibrated, cluster_gates
 from .gate_init import NEEDS_TEXT, layer_horizons, layer_seed
 from .modeling.attention_nha import nha_layers, teacher_mode
@@ -132,36 +132,39 @@ def layer_start(layer: Any, inputs: LayerInputs, method: str, horizons: tuple[fl
     absorbed = slice(inputs.sinks, None)  # sinks never meet the slots
     hidden, keys = inputs.hidden[:, absorbed].flatten(0, 1), inputs.key[:, absorbed].flatten(0, 1)
     options: dict[str, Any] = {"slots": gate.slots, "tau": gate.tau, "horizons": horizons, "seed": seed}
+    channels = None
     if method == "attended":
-        weight, bias = attended_gates(hidden, keys, _received(inputs)[:, absorbed].flatten(0, 1), **options)
+        received, channels = _far_attention(inputs)
+        if gate.slot_q_scale is None:
+            channels = torch.ones_like(channels)
+        keys = keys * channels.unflatten(0, (gate.groups, -1)).mean(1)
+        weight, bias = attended_gates(hidden, keys, received[:, absorbed].flatten(0, 1), **options)
     else:
         key_weight = layer.k_proj.weight
         if hasattr(layer, "k_norm"):
             key_weight = key_weight * layer.k_norm.weight.repeat(gate.groups)[:, None]
         weight, bias = cluster_gates(hidden, keys, key_weight, **options)
     if method == "clusters":
-        heads = inputs.query.shape[2]
-        return GateStart(weight.cpu(), bias.cpu(), torch.ones(heads), torch.zeros(heads))
+        heads, dim = inputs.query.shape[2:]
+        return GateStart(weight.cpu(), bias.cpu(), torch.ones(heads, dim), torch.zeros(heads))
     return calibrated(
         inputs.first(SEARCH_SEQUENCES),
         weight,
         bias,
         with_query_scale=gate.slot_q_scale is not None,
         with_slot_bias=gate.slot_bias is not None,
+        channels=channels,
     )
 
 
-def _received(inputs: LayerInputs) -> torch.Tensor:
-    """[N, T, G] attention that each token is given from beyond the student's window."""
+def _far_attention(inputs: LayerInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, T, G] attention that each token is given from beyond the student's window, [H, D] coherence across it."""
     turn = inputs.cos[:, :, None], inputs.sin[:, :, None]  # [1 or N,T,1,rotary_dim]
-    return received_attention(
-        rotate(inputs.query, *turn),
-        rotate(inputs.key, *turn),
-        inputs.scale,
-        inputs.window,
-        inputs.sinks,
-        own=inputs.own_window,
-    )
+    query, key = rotate(inputs.query, *turn), rotate(inputs.key, *turn)
+    beyond = (query, key, inputs.scale, inputs.window, inputs.sinks)
+    received = received_attention(*beyond, own=inputs.own_window, power=POWER)
+    distances = attention_by_distance(*beyond, own=inputs.own_window)
+    return received, coherence(distances, inputs.cos[0], query.shape[-1])
 
 
 def _set(layer: Any, start: GateStart) -> None:
@@ -169,6 +172,6 @@ def _set(layer: Any, start: GateStart) -> None:
     gate.gate_proj.weight.copy_(start.weight)
     gate.gate_proj.bias.copy_(start.bias)
     if gate.slot_q_scale is not None:
-        gate.slot_q_scale.copy_(start.slot_q_scale[:, None].expand_as(gate.slot_q_scale))
+        gate.slot_q_scale.copy_(start.slot_q_scale)
     if gate.slot_bias is not None:
         gate.slot_bias.copy_(start.slot_bias)

@@ -136,7 +136,7 @@ def seen(model: Any) -> dict[int, LayerInputs]:
 
 def plain_start(layer: Any) -> GateStart:
     gate = layer.nha
-    return GateStart(gate.gate_proj.weight, gate.gate_proj.bias, torch.ones(4), torch.zeros(4))
+    return GateStart(gate.gate_proj.weight, gate.gate_proj.bias, gate.slot_q_scale, torch.zeros(4))
 
 
 @torch.no_grad()
@@ -161,7 +161,7 @@ def test_calibration_lowers_every_layers_error(pico_models: dict[str, Path], nam
             with_query_scale=False,
             with_slot_bias=False,
         )
-        assert torch.equal(alone.slot_q_scale, torch.ones(4)) and not alone.slot_bias.any()
+        assert torch.equal(alone.slot_q_scale, torch.ones_like(layer.nha.slot_q_scale)) and not alone.slot_bias.any()
 
 
 @torch.no_grad()
