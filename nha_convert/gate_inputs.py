@@ -131,7 +131,7 @@ def layer_start(layer: Any, inputs: LayerInputs, method: str, horizons: tuple[fl
     gate = layer.nha
     absorbed = slice(inputs.sinks, None)  # sinks never meet the slots
     hidden, keys = inputs.hidden[:, absorbed].flatten(0, 1), inputs.key[:, absorbed].flatten(0, 1)
-    options: dict[str, Any] = {"slots": gate.slots, "tau": gate.tau, "horizons": horizons, "seed": seed}
+    options: dict[str, Any] = {"slots": gate.slots, "tau": gate.tau, "seed": seed}
     channels = None
     if method == "attended":
         received, channels = _far_attention(inputs)
@@ -143,7 +143,7 @@ def layer_start(layer: Any, inputs: LayerInputs, method: str, horizons: tuple[fl
         key_weight = layer.k_proj.weight
         if hasattr(layer, "k_norm"):
             key_weight = key_weight * layer.k_norm.weight.repeat(gate.groups)[:, None]
-        weight, bias = cluster_gates(hidden, keys, key_weight, **options)
+        weight, bias = cluster_gates(hidden, keys, key_weight, horizons=horizons, **options)
     if method == "clusters":
         heads, dim = inputs.query.shape[2:]
         return GateStart(weight.cpu(), bias.cpu(), torch.ones(heads, dim), torch.zeros(heads))

@@ -48,7 +48,7 @@ class NHASettings(Settings):
             (slots write what the teacher attends to from beyond the window, scaled so), `zero`. `clusters`,
             `calibrated` and `attended` run the teacher over some rows of the first stage's text. Not given: `attended`
             in a recipe with stages, `spread` where nothing is trained or layers are trained a few at a time.
-        gate_horizons: shortest and longest horizon in tokens, for all but `key`, `spread` and `zero`.
+        gate_horizons: shortest and longest horizon in tokens, for `horizons`, `clusters` and `calibrated`.
         slot_query_scale: learn a per-channel scale of the queries that read the slots.
         slot_bias: learn a per-head bias of the slots' scores.
         mask_empty: hide the slots until something was absorbed.
@@ -69,10 +69,10 @@ class NHASettings(Settings):
     def _horizons_fit(self) -> NHASettings:
         if self.gate_horizons is None:
             return self
-        if self.gate_init in ("spread", "key", "zero"):
+        if self.gate_init not in ("horizons", "clusters", "calibrated"):
             raise ValueError(
-                "gate_horizons is read by gate_init horizons, clusters, calibrated and attended, found "
-                f"{self.gate_init}; remove one"
+                f"gate_horizons is read by gate_init horizons, clusters and calibrated, found {self.gate_init}; remove "
+                "one"
             )
         if self.gate_horizons[0] >= self.gate_horizons[1]:
             raise ValueError(

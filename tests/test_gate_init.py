@@ -59,7 +59,7 @@ def test_horizons_have_ends_of_their_own() -> None:
 
 def test_settings_of_horizons() -> None:
     assert NHASettings(gate_init="horizons", gate_horizons=[8, 100]).gate_horizons == [8, 100]
-    with pytest.raises(ValueError, match="read by gate_init horizons, clusters, calibrated and attended, found spread"):
+    with pytest.raises(ValueError, match="read by gate_init horizons, clusters and calibrated, found spread"):
         NHASettings(gate_horizons=[8, 100])
     for wrong in ([100, 8], [8], [1, 100], [8, 100, 200]):
         with pytest.raises(ValueError, match="gate_horizons"):

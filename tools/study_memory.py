@@ -1,0 +1,198 @@
+"""How much memory a conversion of every layer keeps: align and distill on two teachers, into docs/studies/memory.*
+
+    python tools/study_memory.py --work DIR                         all runs, one after the other (an hour on one core)
+    python tools/study_memory.py --work DIR --only embedded/32      one of them: TEACHER/WINDOW, a number or `random`
+    python tools/study_memory.py                                    only writes the tables of what was measured
+
+Every layer NHA, 64 slots, 4 sinks. `random` draws each layer's window of 32, 64 or 256 at every step, is measured at
+64, and then at W = 0, 32, 64, 256 and full. Each run is `nha-convert run` on a recipe that is kept beside its results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from nha_convert.files import write_json, write_text  # noqa: E402
+
+OUT = ROOT / "docs" / "studies" / "memory"
+TEACHERS = {"embedded": "embedded", "qwen3": str(ROOT / "recipes" / "teacher-qwen3")}
+RUNS = [(teacher, window) for teacher in TEACHERS for window in ("32", "64", "random")]
+RANDOM, MEASURED_AT = [32, 64, 256], ["0", "32", "64", "256", "full"]
+ALIGN, DISTILL = 250_000, 750_000
+GOAL = 0.85
+
+
+def study_recipe(teacher: str, window: str, seed: int) -> dict[str, Any]:
+    """The recipe of one run, as YAML would hold it."""
+    windows = {"random_windows": RANDOM} if window == "random" else {}
+    common = {"sequence_length": 1024, "batch_size": 1, "save_steps": 100, **windows}
+    return {
+        "model": TEACHERS[teacher],
+        "output": "runs/study-memory",
+        "seed": seed,
+        "nha": {"slots": 64, "window": 64 if window == "random" else int(window), "sinks": 4, "tau": 2},
+        "data": {"sources": [{"source": "stdlib", "weight": 0.7}, {"source": "recall", "weight": 0.3}]},
+        "stages": [
+            {"kind": "align", "tokens": ALIGN, "learning_rate": 1.0e-2, **common},
+            {
+                "kind": "distill",
+                "tokens": DISTILL,
+                "learning_rate": 1.0e-3,
+                "gate_learning_rate": 3.0e-3,
+                "losses": [{"function": "kl"}],
+                **common,
+            },
+        ],
+        "evaluate": {
+            "sequence_length": 1024,
+            "recall_distances": [2, 4, 8, 16],
+            "layer_ablation": True,
+            "benchmark": False,
+        },
+        "runtime": {"device": "cpu", "threads": 1},
+    }
+
+
+def command(*arguments: str) -> None:
+    """`nha-convert` with these arguments; its progress goes to this program's output."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    subprocess.run([sys.executable, str(ROOT / "cli.py"), *arguments], check=True, env=environment)
+
+
+def measure(teacher: str, window: str, seed: int, work: Path) -> dict[str, Any]:
+    """One run, from its recipe to what is kept of its eval.json."""
+    folder = work / f"{teacher}-{window}-{seed}"
+    recipe = work / f"{teacher}-{window}-{seed}.yaml"
+    work.mkdir(parents=True, exist_ok=True)
+    recipe.write_text(yaml.safe_dump(study_recipe(teacher, window, seed), sort_keys=False), encoding="utf-8")
+    resumed = ["--resume"] if (folder / "recipe.yaml").exists() else []
+    command("run", str(recipe), "--out", str(folder), *resumed)
+    evaluation = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    row: dict[str, Any] = {"teacher": teacher, "window": window, "seed": seed, "tokens": ALIGN + DISTILL}
+    for name in ("teacher", "swapped", "aligned", "final"):
+        measured = evaluation[name]
+        row["teacher_model" if name == "teacher" else name] = {
+            "nll": measured["nll"],
+            "recall": {distance: cell["exact_match"] for distance, cell in measured["recall"].items()},
+        }
+        if name != "teacher":
+            row[name] |= {
+                "recovery": measured["memory_recovery"],
+                "interval": measured["intervals"].get("memory_recovery"),
+                "nll_window": measured["ablation"]["window"],
+            }
+    row["layers"] = [
+        {"layer": one["layer"], "nll_gain": one["nll_gain"], "interval": one["interval"]}
+        for one in evaluation["final"]["layer_ablation"]
+    ]
+    if window == "random":
+        row["at"] = {size: at_window(folder, size, work) for size in MEASURED_AT}
+    return row
+
+
+def at_window(folder: Path, window: str, work: Path) -> dict[str, Any]:
+    """NLL of a finished run's model with another window, its interval and the teacher's."""
+    kept = work / "eval.json"
+    size = ["--set", f"nha.window={window}"]
+    command("eval", str(folder), *size, "--no-recall", "--set", "evaluate.layer_ablation=false", "--json", str(kept))
+    final = json.loads(kept.read_text(encoding="utf-8"))["final"]
+    return {"nll": final["nll"], "interval": final["intervals"]["nll"], "kl": final["kl"]}
+
+
+# ---- the page ----------------------------------------------------------------------------------------
+def between(interval: list[float] | None, form: str = ".2f") -> str:
+    """`low to high`."""
+    return "–" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """docs/studies/memory.md."""
+    lines = [
+        "# Memory of a conversion of every layer",
+        "",
+        f"Written by `python tools/study_memory.py --work DIR`: every layer NHA, 64 slots, 4 sinks, gates `attended`, "
+        f"{ALIGN // 1000}k tokens of alignment and {DISTILL // 1000}k of distillation (KL, gates and LoRA of rank 8). "
+        "Teachers: the embedded Llama and [teacher-qwen3](../../recipes/teacher-qwen3/README.md). `random`: windows of "
+        f"{', '.join(map(str, RANDOM))} drawn per layer and step, measured at 64. Intervals: 95 %, bootstrap over "
+        "windows of held-out text.",
+        "",
+        "| teacher | window | seed | recovery: started | aligned | distilled | 95 % | NLL | layers that help |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        final = row["final"]
+        sure = sum(one["interval"] is not None and one["interval"][0] > 0 for one in row["layers"])
+        cells = [
+            row["teacher"],
+            row["window"],
+            str(row["seed"]),
+            *(f"{row[name]['recovery']:.3f}" for name in ("swapped", "aligned", "final")),
+            between(final["interval"]),
+            f"{100 * (final['nll'] / row['teacher_model']['nll'] - 1):+.2f} %",
+            f"{sure} of {len(row['layers'])}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"NLL is against the teacher's. The aim was a recovery of {GOAL} and every layer helping: its own slots, masked "
+        "alone, cost NLL with an interval above 0.",
+        "",
+        "## Recall by generation, by distance in tokens",
+        "",
+        "| teacher | window | model | 2 W | 4 W | 8 W | 16 W |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        for name in ("teacher_model", "aligned", "final"):
+            cells = [f"{value:.2f}" for value in row[name]["recall"].values()]
+            cells += ["–"] * (4 - len(cells))
+            lines.append(f"| {row['teacher']} | {row['window']} | {name.split('_')[0]} | {' | '.join(cells)} |")
+    lines += ["", "## What each layer's slots are worth", ""]
+    for row in rows:
+        gains = (f"{one['layer']}: {one['nll_gain']:.4f} ({between(one['interval'], '.4f')})" for one in row["layers"])
+        lines.append(f"- {row['teacher']}, window {row['window']}: {', '.join(gains)}")
+    drawn = [row for row in rows if "at" in row]
+    if drawn:
+        lines += ["", "## One model at many windows", "", "NLL of the models trained with random windows:", ""]
+        lines.append("| teacher | " + " | ".join(f"W {size}" for size in MEASURED_AT) + " | teacher's own | falls |")
+        lines.append("|---" * (len(MEASURED_AT) + 3) + "|")
+        for row in drawn:
+            values = [row["at"][size]["nll"] for size in MEASURED_AT]
+            monotone = all(after <= before for before, after in zip(values, values[1:]))
+            cells = [f"{row['at'][size]['nll']:.4f} ({between(row['at'][size]['interval'])})" for size in MEASURED_AT]
+            cells += [f"{row['teacher_model']['nll']:.4f}", "yes" if monotone else "no"]
+            lines.append(f"| {row['teacher']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="where runs are kept; left out, nothing is run")
+    parser.add_argument("--only", nargs="*", help="TEACHER/WINDOW")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    path = OUT.with_suffix(".json")
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    wanted = RUNS if options.only is None else [tuple(name.split("/")) for name in options.only]
+    for teacher, window in wanted if options.work else []:
+        if not any((row["teacher"], row["window"], row["seed"]) == (teacher, window, options.seed) for row in rows):
+            row = measure(teacher, window, options.seed, options.work)
+            rows.append(row)
+            write_json(path, rows)
+    rows.sort(key=lambda row: (RUNS.index((row["teacher"], row["window"])), row["seed"]))
+    write_text(OUT.with_suffix(".md"), page(rows))
+
+
+if __name__ == "__main__":
+    main()
