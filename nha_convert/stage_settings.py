@@ -170,7 +170,7 @@ class AlignStage(StageSettings):
     kind: Literal["align"]
     learning_rate: Positive = 2.0e-2
     memory_weight: Weight = 0.0
-    far_weight: Share = 0.0
+    far_weight: Annotated[Weight, Field(le=1)] = 0.0
 
     @model_validator(mode="after")
     def _attention_only(self) -> AlignStage:

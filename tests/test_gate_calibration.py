@@ -11,9 +11,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from nha_convert.convert import load_student, new_parameter_names
 from nha_convert.errors import InputError
+from nha_convert.gate_attended import attended_gates, coherence
 from nha_convert.gate_calibration import GateStart, LayerInputs, calibrated, cluster_gates, k_means, output_error
 from nha_convert.gate_init import METHODS, NEEDS_TEXT
-from nha_convert.gate_inputs import CLUSTER_SEQUENCES, GATES, calibrate_gates, calibration_ids, watch_layer
+from nha_convert.gate_inputs import (
+    CLUSTER_SEQUENCES,
+    CLUSTER_TOKENS,
+    GATES,
+    calibrate_gates,
+    calibration_ids,
+    watch_layer,
+)
 from nha_convert.modeling.attention_nha import nha_layers, teacher_mode
 from nha_convert.pipeline import Job
 from nha_convert.recipe import Recipe
@@ -100,6 +108,45 @@ def test_slots_write_their_own_cluster_and_keep_otherwise(tau: float) -> None:
     others = (written.sum(0) - largest) / 5
     assert (largest > 0.15).all() and (largest > 3 * others).all()
     assert others[-1] < others[0], "the last slot keeps longer than the first"
+
+
+# ---- what attention comes back to -------------------------------------------------------------------
+@pytest.mark.parametrize("tau", [2.0, 8.0])
+def test_slots_write_what_is_asked_for_and_nothing_else(tau: float) -> None:
+    """Half of the tokens are never asked for, which a channel of the hidden states tells; keys do not."""
+    hidden, keys, _, truth = planted(each=160)
+    wanted = torch.arange(len(truth)) % 2 == 0
+    hidden = torch.cat([hidden, wanted[:, None] * 2.0], 1)
+    received = torch.where(wanted, 1.0, 0.0)[:, None]
+    weight, bias = attended_gates(hidden, keys, received, slots=6, tau=tau, seed=0)
+    strength = write_strength(log_decay_from_logits(hidden @ weight.T + bias, tau))  # [n,M]
+    written = torch.stack([strength[wanted & (truth == place)].mean(0) for place in range(6)])  # [cluster,M]
+    assert sorted(written.argmax(0).tolist()) == list(range(6)), "each slot has a cluster of its own"
+    largest = written.max(0).values
+    assert (largest > 0.7).all()
+    assert ((written.sum(0) - largest) / 5 < 0.02).all(), "other clusters leave it alone"
+    assert (strength[~wanted].mean(0) < 0.02).all(), "and so do tokens of its own that nothing asks for"
+
+
+def test_where_nothing_is_asked_for_gates_keep() -> None:
+    hidden, keys, _, _ = planted()
+    weight, bias = attended_gates(hidden, keys, torch.zeros(len(hidden), 1), slots=6, tau=2.0, seed=0)
+    assert weight.isfinite().all() and write_strength(log_decay_from_logits(hidden @ weight.T + bias, 2.0)).max() < 0.05
+
+
+def test_coherence_is_the_mean_of_cos_over_distances() -> None:
+    frequency = torch.tensor([1.0, 0.1, 0.001])
+    cos = (torch.arange(50)[:, None] * frequency).cos().repeat(1, 2)  # [T,P]
+    distances = torch.zeros(3, 50)
+    distances[0, 10], distances[0, 30] = 3.0, 1.0
+    distances[1, 31] = 2.0  # cos(31 * 0.1) < 0
+    found = coherence(distances, cos, head_dim=8)
+    assert found.shape == (3, 8)
+    torch.testing.assert_close(found[0, 1], 0.75 * torch.tensor(1.0).cos() + 0.25 * torch.tensor(3.0).cos())
+    assert torch.equal(found[:, :3], found[:, 3:6]) and torch.equal(found[:, 6:], torch.ones(3, 2))
+    assert found[1, 1] == 0 and found[0, 2] > 0.999
+    assert torch.equal(found[2], torch.ones(8)), "a head that looks nowhere keeps its queries"
+    torch.testing.assert_close(coherence(distances, 2 * cos, head_dim=8)[0, :3], 4 * found[0, :3])
 
 
 # ---- every method -----------------------------------------------------------------------------------
@@ -208,6 +255,8 @@ def test_calibration_text(text: Path, tokenizer: PreTrainedTokenizerFast) -> Non
     ids = calibration_ids(recipe, tokenizer)
     assert ids.shape == (CLUSTER_SEQUENCES, 48) and torch.equal(ids, calibration_ids(recipe, tokenizer))
     assert calibration_ids(recipe_for(text, stages=[]), tokenizer).shape == (CLUSTER_SEQUENCES, 48)
+    long = recipe_for(text, stages=[{"kind": "align", "tokens": 96, "sequence_length": CLUSTER_TOKENS // 4 + 1}])
+    assert long.training_length is not None and len(calibration_ids(long, tokenizer)) == 3
     packed = recipe_for(text, data={**recipe.data.model_dump(), "packing": "documents"})
     assert torch.equal(ids, calibration_ids(packed, tokenizer))
 

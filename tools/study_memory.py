@@ -145,8 +145,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"NLL is against the teacher's. The aim was a recovery of {GOAL} and every layer helping: its own slots, masked "
-        "alone, cost NLL with an interval above 0.",
+        f"NLL is against the teacher's. The aim was a recovery of {GOAL} and every layer helping: masking its slots "
+        "alone costs NLL, with an interval above 0.",
         "",
         "## Recall by generation, by distance in tokens",
         "",

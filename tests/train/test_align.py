@@ -74,6 +74,56 @@ def test_loss_and_gradients_are_those_of_the_definition(pico: Path, memory_weigh
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6 * theirs.abs().max().item())
 
 
+def test_tokens_that_attend_far_count_more(pico: Path) -> None:
+    """At 1 the weights are the teacher's attention beyond the window; in between they are mixed with 1."""
+    batch = plain_batch()
+    whole = make(pico, "align", far_weight=1.0)
+    found = layer_outputs(whole.model, batch["input_ids"])
+    weights = []
+
+    def note(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        weights.append(whole._weights(module, args, kwargs))
+
+    layers = [layer for _, layer in nha_layers(whole.model)]
+    handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    with torch.no_grad(), whole.teaching() as teacher:
+        teacher(input_ids=batch["input_ids"], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    for share in (1.0, 0.5):
+        loss, measured, _ = step(make(pico, "align", far_weight=share), batch, [])
+        errors = []
+        for (output, wanted), weight in zip(found, weights):
+            weight = (1 - share + share * weight)[..., None]
+            error = (weight * (output - wanted).pow(2)).sum((1, 2)) / (weight * wanted.pow(2)).sum((1, 2))
+            errors.append(error.mean())
+        torch.testing.assert_close(loss, torch.stack(errors).mean().detach(), rtol=1e-4, atol=0)
+        plain = [measured["align/layer_00"], measured["align/layer_01"]]
+        torch.testing.assert_close(torch.stack(plain), direct_errors(whole.model, batch["input_ids"]).detach())
+    for weight in weights:
+        torch.testing.assert_close(weight.mean(1), torch.ones(2))
+        assert not weight[:, : 8 + 1].any(), "nothing lies beyond the window of the first tokens"
+
+
+def test_far_weights_keep_documents_apart(pico_llama: Path) -> None:
+    objective = make(pico_llama, "align", far_weight=1.0)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    plain = objective._weights
+
+    def note(student: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        weight = plain(student, args, kwargs)
+        seen.append((weight, kwargs["nha_cu_seqlens"]))
+        return weight
+
+    objective._weights = note
+    step(objective, packed_batch(), [])
+    assert len(seen) == 2
+    for weight, ends in seen:
+        for start in ends[:-1].tolist():
+            assert not weight.flatten()[start : start + 5].any(), "a document's first tokens see nothing before it"
+        torch.testing.assert_close(weight.mean(1), torch.ones(4))
+
+
 def test_packed_documents_are_compared_as_if_alone(pico_llama: Path) -> None:
     objective = make(pico_llama, "align")
     batch = packed_batch()

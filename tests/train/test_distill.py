@@ -193,3 +193,17 @@ def test_it_learns(pico_llama: Path, text: Path, tmp_path: Path) -> None:
     model, (summary,) = train(pico_llama, tmp_path, recipe)
     assert divergence(model) < 0.85 * before
     assert set(summary["last"]) >= {"loss", "kl"} and "ce" not in summary["last"]
+
+
+def test_random_windows_of_the_whole_model(pico_llama: Path) -> None:
+    objective = make(pico_llama, "distill", random_windows=[2, 4, 16])
+    batch = plain_batch()
+    losses = {}
+    for number in range(6):
+        objective.begin_step(number)
+        windows = tuple(objective.model.config.nha_windows)
+        assert set(windows) <= {2, 4, 16}
+        losses.setdefault(windows, set()).add(objective(batch, 100)[0].item())
+    assert len(losses) > 2 and all(len(values) == 1 for values in losses.values())
+    objective.finish()
+    assert objective.model.config.nha_windows == [8, 8]
