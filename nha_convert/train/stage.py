@@ -81,7 +81,10 @@ def run_stage(
             return model.eval(), done
         device = device or next(model.parameters()).device
         _check(device, index)
-        frozen_teacher = teacher() if teacher is not None and recipe.needs_teacher(index) else None
+        needs_teacher = recipe.needs_teacher(index)
+        if needs_teacher and teacher is None:
+            raise ValueError(f"{recipe.stages[index].label} needs a teacher, since the student's own weights change")
+        frozen_teacher = teacher() if teacher is not None and needs_teacher else None
         use_cache, learned = model.config.use_cache, [tensor.requires_grad for tensor in model.parameters()]
         try:
             objective = make_objective(model, job.settings, seed=job.seed, teacher=frozen_teacher)
