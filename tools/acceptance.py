@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tools.acceptance_by_layer
 import tools.acceptance_data
 import tools.acceptance_engines
+import tools.acceptance_fidelity
 import tools.acceptance_kernels
 import tools.acceptance_models
 import tools.acceptance_plan

@@ -11,6 +11,7 @@ gates of every choice, since each layer learns alone; with other stages each cho
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import os
@@ -33,6 +34,8 @@ from nha_convert.data import held_out_tokens, recall_filler  # noqa: E402
 from nha_convert.evaluate.recall import wilson_interval  # noqa: E402
 from nha_convert.evaluate.suite import evaluate_student, evaluate_teacher  # noqa: E402
 from nha_convert.files import write_json, write_text  # noqa: E402
+from nha_convert.gate_init import NEEDS_TEXT  # noqa: E402
+from nha_convert.gate_inputs import calibrate_gates, calibration_ids  # noqa: E402
 from nha_convert.model_source import resolve_model  # noqa: E402
 from nha_convert.recipe import Recipe, load_recipe  # noqa: E402
 from nha_convert.search.calibration import calibration_text  # noqa: E402
@@ -87,7 +90,7 @@ def study(recipe: Recipe, count: int, work: Path) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     held_out, filler = held_out_tokens(recipe, tokenizer), recall_filler(recipe, tokenizer)
     measured = (tokenizer, held_out, filler, recipe.evaluate)
-    model = load_student(folder, recipe.nha, seed=recipe.seed)
+    model = started(recipe, folder, tokenizer)
     layers = model.config.num_hidden_layers
     window = max(size for size in recipe.nha.windows(layers) if size is not None)
     scores = {
@@ -100,7 +103,7 @@ def study(recipe: Recipe, count: int, work: Path) -> dict[str, Any]:
     every = list(itertools.combinations(range(layers), count))
     wanted = every if len(every) <= EVERY_CHOICE else sorted(set(choices.values()))
     results = {"teacher": evaluate_teacher(model, *measured, window=window, quiet=True)}
-    for choice, student in students(recipe, folder, tokenizer, [(), *wanted], work):
+    for choice, student in students(recipe, folder, tokenizer, [(), *wanted], work, model):
         teacher = model if any(stage.changes_base for stage in recipe.stages) else None
         if teacher is not None:
             teacher.set_windows("full")
@@ -123,6 +126,14 @@ def study(recipe: Recipe, count: int, work: Path) -> dict[str, Any]:
     }
 
 
+def started(recipe: Recipe, folder: Path, tokenizer: Any) -> Any:
+    """A student with gates as a run starts them."""
+    model = load_student(folder, recipe.nha, seed=recipe.seed, length=recipe.training_length)
+    if recipe.nha.gate_init in NEEDS_TEXT:
+        calibrate_gates(model, recipe.nha, calibration_ids(recipe, tokenizer), seed=recipe.seed)
+    return model
+
+
 def scored(model: Any, recipe: Recipe, tokenizer: Any, method: str, branch: str) -> dict[int, float]:
     """Score of each layer by one method."""
     with_recall = method == "recall"
@@ -134,15 +145,15 @@ def scored(model: Any, recipe: Recipe, tokenizer: Any, method: str, branch: str)
 
 
 def students(
-    recipe: Recipe, folder: Path, tokenizer: Any, choices: list[Choice], work: Path
+    recipe: Recipe, folder: Path, tokenizer: Any, choices: list[Choice], work: Path, start: Any
 ) -> Iterator[tuple[Choice, Any]]:
-    """A trained student for each choice of full layers."""
+    """A trained student for each choice of full layers; `start` is the untrained one with every layer NHA."""
     shared = all(stage.kind == "align" and not stage.changes_base for stage in recipe.stages)
     for choice in choices:
         where = work / ("every" if shared else key(choice))
         full = [] if shared else list(choice)
         of_choice = naming(recipe, full)
-        student = load_student(folder, of_choice.nha, seed=recipe.seed)
+        student = started(of_choice, folder, tokenizer) if full else copy.deepcopy(start)
 
         def teacher(of_choice: Recipe = of_choice) -> Any:
             base = load_student(folder, of_choice.nha, seed=recipe.seed)

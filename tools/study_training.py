@@ -141,9 +141,9 @@ def page(rows: list[dict[str, Any]], before: str) -> str:
         head += [f"recall {distance}" for distance in distances]
         lines += [f"## {title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for row in found:
-            low, high = row["interval"] or (float("nan"), float("nan"))
+            interval = "–" if row["interval"] is None else f"{row['interval'][0]:.2f} to {row['interval'][1]:.2f}"
             help_ = sum(bool(one["interval"]) and one["interval"][0] > 0 for one in row["layers"])
-            cells = [row["variant"], str(row["seed"]), f"{row['recovery']:.3f}", f"{low:.2f} to {high:.2f}"]
+            cells = [row["variant"], str(row["seed"]), f"{row['recovery']:.3f}", interval]
             cells += [f"{row['nll']:.4f}", f"{row['nll_window']:.4f}", f"{help_} of {len(row['layers'])}"]
             cells += [f"{row['seconds'] / 60:.1f}"]
             cells += [f"{row['recall'][str(d)]:.2f}" if str(d) in row["recall"] else "–" for d in distances]

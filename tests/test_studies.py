@@ -1,0 +1,146 @@
+"""What the studies' tables and the acceptance lines of fidelity say of given rows."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nha_convert.recipe import Recipe
+from tools import acceptance_fidelity as fidelity
+from tools import study_memory, study_training
+
+
+def memory_row(teacher: str, window: str, recovery: float, gains: list[float]) -> dict[str, Any]:
+    final = {"nll": 4.04, "recall": {"64": 0.75}, "recovery": recovery, "interval": [recovery - 0.1, recovery + 0.1]}
+    row = {
+        "teacher": teacher,
+        "window": window,
+        "seed": 0,
+        "tokens": 1_000_000,
+        "teacher_model": {"nll": 4.0, "recall": {"64": 1.0}},
+        "swapped": {**final, "recovery": 0.5},
+        "aligned": {**final, "recovery": 0.6},
+        "final": final,
+        "layers": [
+            {"layer": layer, "nll_gain": gain, "interval": [gain - 0.01, gain + 0.01]} for layer, gain in enumerate(gains)
+        ],
+    }
+    if window == "random":
+        values = {"0": 4.5, "32": 4.2, "64": 4.1, "256": 4.05, "full": 4.01}
+        row["at"] = {size: {"nll": value, "interval": [value - 0.1, value + 0.1]} for size, value in values.items()}
+    return row
+
+
+@pytest.fixture
+def studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(fidelity, "STUDIES", tmp_path)
+    return tmp_path
+
+
+def test_the_memory_line_needs_every_run_and_every_layer(studies: Path) -> None:
+    rows = [memory_row(teacher, window, 0.9, [0.1, 0.02]) for teacher in ("a", "b") for window in ("32", "64")]
+    (studies / "memory.json").write_text(json.dumps(rows))
+    assert fidelity.memory()["met"] and "0.900 (0.80 to 1.00), 2 of 2 layers positive" in fidelity.memory()["measured"]
+    for worse in (rows[:3], [*rows[:3], memory_row("b", "64", 0.84, [0.1, 0.1])]):
+        (studies / "memory.json").write_text(json.dumps(worse))
+        assert not fidelity.memory()["met"]
+    (studies / "memory.json").write_text(json.dumps([*rows[:3], memory_row("b", "64", 0.9, [0.1, -0.001])]))
+    assert not fidelity.memory()["met"]
+
+
+def test_the_windows_line_wants_a_falling_curve(studies: Path) -> None:
+    rows = [memory_row(teacher, "random", 0.9, [0.1]) for teacher in ("a", "b")]
+    (studies / "memory.json").write_text(json.dumps(rows))
+    assert fidelity.windows()["met"] and "full +0.25 % of the teacher's" in fidelity.windows()["measured"]
+    rows[1]["at"]["256"]["nll"] = 4.0
+    (studies / "memory.json").write_text(json.dumps(rows))
+    assert not fidelity.windows()["met"]
+
+
+def layer_seed(seed: int, chosen: float, uniform: float, change: float = 0.001) -> dict[str, Any]:
+    def result(nll: float, recall: float) -> dict[str, Any]:
+        return {"nll": nll, "recall": {"128": {"exact_match": recall}}}
+
+    return {
+        "seed": seed,
+        "choices": {"kl, window": [1], "every:4": [3]},
+        "results": {
+            "teacher": result(4.0, 1.0),
+            "full 1": result(4.0 * (1 + change), chosen),
+            "full 3": result(4.1, uniform),
+        },
+    }
+
+
+def test_the_lines_of_layers(studies: Path) -> None:
+    def write(name: str, *seeds: dict[str, Any]) -> None:
+        found = {"settings": {"full": 1, "tokens": "200k"}, "seeds": seeds}
+        (studies / f"{name}.json").write_text(json.dumps(found))
+
+    write("layers", *(layer_seed(seed, 0.98, 0.2) for seed in range(3)))
+    assert fidelity.auto()["met"] and not fidelity.quarter()["met"], "one teacher is not enough for a quarter"
+    write("layers-qwen3", layer_seed(0, 0.96, 0.5))
+    assert fidelity.auto()["met"] and fidelity.quarter()["met"]
+    write("layers-qwen3", layer_seed(0, 0.94, 0.5))
+    assert not fidelity.quarter()["met"]
+    write("layers-qwen3", layer_seed(0, 0.5, 0.45))
+    assert not fidelity.auto()["met"], "no worse than uniform on either teacher"
+
+
+def test_the_line_of_the_start(studies: Path) -> None:
+    def write(default: dict[int, float]) -> None:
+        rows = [{"teacher": "a", "method": "key", "tokens": 1_000_000, "recovery": 0.6}]
+        rows += [{"teacher": "a", "method": "attended", "tokens": t, "recovery": r} for t, r in default.items()]
+        (studies / "gate-init.json").write_text(json.dumps({"rows": rows}))
+
+    write({0: 0.5, 125_000: 0.58, 250_000: 0.62})
+    assert fidelity.start()["met"] and "4x fewer" in fidelity.start()["measured"]
+    write({0: 0.61})
+    assert fidelity.start()["met"] and "infx fewer" in fidelity.start()["measured"]
+    write({250_000: 0.58, 1_000_000: 0.62})
+    assert not fidelity.start()["met"]
+
+
+def test_a_study_that_was_not_run_is_named(studies: Path) -> None:
+    with pytest.raises((SystemExit, ValueError)):
+        fidelity.memory()
+
+
+@pytest.mark.parametrize("teacher, window", study_memory.RUNS)
+def test_recipes_of_the_memory_study(teacher: str, window: str) -> None:
+    recipe = Recipe.model_validate(study_memory.study_recipe(teacher, window, 1))
+    assert recipe.seed == 1 and recipe.nha.gate_init == "attended" and recipe.nha.full_attention_layers == []
+    drawn = study_memory.RANDOM if window == "random" else None
+    assert all(stage.random_windows == drawn for stage in recipe.stages)
+    assert sum(stage.tokens for stage in recipe.stages) <= 4_000_000
+
+
+def test_the_memory_page() -> None:
+    text = study_memory.page([memory_row("embedded", "random", 0.9, [0.1, -0.1])])
+    assert "| embedded | random | 0 | 0.500 | 0.600 | 0.900 | 0.80 to 1.00 | +1.00 % | 1 of 2 |" in text
+    assert "4.0100 (3.91 to 4.11) | 4.0000 | yes |" in text
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        assert len({row.count("|") for row in table.splitlines()}) == 1, "every row of a table has as many cells"
+
+
+def test_variants_of_the_training_study() -> None:
+    for name, variant in {**study_training.OBJECTIVES, **study_training.EXTENSIONS}.items():
+        recipe = study_training.study_recipe(variant, 2)
+        assert sum(stage.tokens for stage in recipe.stages) == study_training.TOKENS, name
+    paper = study_training.study_recipe(study_training.EXTENSIONS["the paper's layer and start"], 0).nha
+    assert not (paper.slot_query_scale or paper.slot_bias or paper.mask_empty or paper.sinks)
+    row = {
+        "variant": "alignment",
+        "seed": 0,
+        "recovery": 0.6,
+        "interval": None,
+        "nll": 4.0,
+        "nll_window": 4.2,
+        "layers": [{"nll_gain": 0.1, "interval": [0.05, 0.2]}, {"nll_gain": 0.0, "interval": None}],
+        "seconds": 90.0,
+        "recall": {"64": 0.5},
+    }
+    text = study_training.page([row], "# Title\n\n")
+    assert "| alignment | 0 | 0.600 | – | 4.0000 | 4.2000 | 1 of 2 | 1.5 | 0.50 |" in text

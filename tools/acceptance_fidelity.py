@@ -1,0 +1,159 @@
+"""Acceptance lines of fidelity: what the studies under docs/studies measured, held against their targets.
+
+The studies take an hour and more and keep their rows (`tools/study_memory.py`, `study_init.py`, `study_layers.py`);
+these lines read them and train nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from statistics import mean
+from typing import Any
+
+from tools.acceptance_base import ROOT, line
+
+STUDIES = ROOT / "docs" / "studies"
+PAPER, DEFAULT, GOAL_TOKENS = "key", "attended", 1_000_000
+CHOSEN, UNIFORM = "kl, window", "every:"
+
+
+def study(name: str) -> Any:
+    """What a study has measured so far."""
+    path = STUDIES / f"{name}.json"
+    if not path.is_file():
+        raise SystemExit(f"{path.relative_to(ROOT)} is not there; run the study of this name in tools/ first")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@line(
+    "memory",
+    "every layer NHA, M 64, W 32 and 64, at most 4M tokens, align + distill, two teachers",
+    "memory recovery >= 0.85, and positive in every layer's own ablation",
+)
+def memory() -> dict[str, Any]:
+    rows = study("memory")
+    parts, met = [], len(rows) >= 4
+    for row in rows:
+        low, high = row["final"]["interval"] or (math.nan, math.nan)
+        positive = sum(one["nll_gain"] > 0 for one in row["layers"])
+        sure = sum(bool(one["interval"]) and one["interval"][0] > 0 for one in row["layers"])
+        met = met and row["final"]["recovery"] >= 0.85 and positive == len(row["layers"])
+        parts.append(
+            f"{row['teacher']}, W {row['window']}: {row['final']['recovery']:.3f} ({low:.2f} to {high:.2f}), "
+            f"{positive} of {len(row['layers'])} layers positive, {sure} surely, {row['tokens'] / 1e6:.2g}M tokens"
+        )
+    return {"measured": "; ".join(parts), "met": met}
+
+
+@line(
+    "windows",
+    "a model trained with random windows, at W 0, 32, 64, 256 and full, two teachers",
+    "NLL monotone in W; full = the teacher within adapter drift",
+)
+def windows() -> dict[str, Any]:
+    rows = [row for row in study("memory") if "at" in row]
+    parts, met = [], len(rows) >= 2
+    for row in rows:
+        values = [cell["nll"] for cell in row["at"].values()]
+        met = met and all(after <= before for before, after in zip(values, values[1:]))
+        drift = 100 * (values[-1] / row["teacher_model"]["nll"] - 1)
+        curve = ", ".join(f"{value:.4f}" for value in values)
+        parts.append(f"{row['teacher']}: {curve}; full {drift:+.2f} % of the teacher's")
+    return {"measured": "; ".join(parts), "met": met}
+
+
+def _recall(row: dict[str, Any]) -> dict[str, float]:
+    return {distance: cell["exact_match"] for distance, cell in row["recall"].items()}
+
+
+def _choice(seed: dict[str, Any], name: str) -> dict[str, Any]:
+    """The result of what a method, or uniform choice, chose."""
+    layers = next(chosen for method, chosen in seed["choices"].items() if method.startswith(name))
+    found: dict[str, Any] = seed["results"]["full " + ",".join(map(str, layers))]
+    return found
+
+
+def _layer_studies() -> dict[str, Any]:
+    names = {"embedded": "layers", "qwen3": "layers-qwen3"}
+    return {teacher: study(name) for teacher, name in names.items() if (STUDIES / f"{name}.json").is_file()}
+
+
+@line(
+    "quarter",
+    "at most one layer in four full, chosen by `auto`, at most 4M tokens, two teachers",
+    "NLL within 1 %, recall >= 0.95 of the teacher's at every distance <= 16 W",
+)
+def quarter() -> dict[str, Any]:
+    parts, studies = [], _layer_studies()
+    met = len(studies) >= 2
+    for teacher, found in studies.items():
+        seeds = found["seeds"]
+        change = mean(_choice(seed, CHOSEN)["nll"] / seed["results"]["teacher"]["nll"] - 1 for seed in seeds)
+        distances = _recall(seeds[0]["results"]["teacher"])
+        ratios = {
+            distance: sum(_recall(_choice(seed, CHOSEN))[distance] for seed in seeds)
+            / max(sum(_recall(seed["results"]["teacher"])[distance] for seed in seeds), 1e-9)
+            for distance in distances
+        }
+        met = met and abs(change) <= 0.01 and min(ratios.values()) >= 0.95
+        shares = ", ".join(f"{distance}: {ratio:.2f}" for distance, ratio in ratios.items())
+        parts.append(
+            f"{teacher}, {found['settings']['full']} full, {found['settings']['tokens']} tokens, seeds "
+            f"{', '.join(str(seed['seed']) for seed in seeds)}: NLL {100 * change:+.2f} %, recall / teacher's {shares}"
+        )
+    return {"measured": "; ".join(parts), "met": met}
+
+
+@line(
+    "auto",
+    "`auto` against uniform choice of as many layers",
+    "recall at least 10 points better, or the gap at least halved, over 3 seeds",
+)
+def auto() -> dict[str, Any]:
+    parts, met = [], False
+    for teacher, found in _layer_studies().items():
+        seeds = found["seeds"]
+        chosen, uniform, whole = (
+            mean(mean(_recall(row).values()) for row in rows)
+            for rows in (
+                [_choice(seed, CHOSEN) for seed in seeds],
+                [_choice(seed, UNIFORM) for seed in seeds],
+                [seed["results"]["teacher"] for seed in seeds],
+            )
+        )
+        better = chosen - uniform >= 0.1 or (whole - chosen) <= (whole - uniform) / 2
+        met = (met or len(seeds) >= 3) and better
+        parts.append(
+            f"{teacher}, {len(seeds)} seeds: recall {100 * chosen:.1f} % against {100 * uniform:.1f} % (teacher "
+            f"{100 * whole:.1f} %)"
+        )
+    return {"measured": "; ".join(parts), "met": met}
+
+
+@line(
+    "start",
+    "default initialisation against the paper's (rows of W_k), same everything else, 3 seeds",
+    ">= 2x fewer tokens to the recovery that W_k reaches at 1M; aim 4x",
+)
+def start() -> dict[str, Any]:
+    rows = study("gate-init")["rows"]
+    parts, met = [], True
+    for teacher in sorted({row["teacher"] for row in rows}):
+        cells: dict[tuple[str, int], list[float]] = {}
+        for row in rows:
+            if row["teacher"] == teacher:
+                cells.setdefault((row["method"], row["tokens"]), []).append(row["recovery"])
+        goal = cells.get((PAPER, GOAL_TOKENS), [])
+        if not goal:
+            continue
+        measured = sorted((t, values) for (method, t), values in cells.items() if method == DEFAULT)
+        reached = [t for t, values in measured if mean(values) >= mean(goal)]
+        curve = ", ".join(f"{t // 1000}k: {mean(values):.3f} ({len(values)})" for t, values in measured)
+        factor = GOAL_TOKENS / reached[0] if reached and reached[0] else math.inf if reached else 0.0
+        met = met and factor >= 2
+        parts.append(
+            f"{teacher}: W_k at 1M {mean(goal):.3f} ({len(goal)} seeds); default, by tokens (seeds): {curve}; "
+            f"{factor:.3g}x fewer"
+        )
+    return {"measured": "; ".join(parts), "met": met and bool(parts)}
