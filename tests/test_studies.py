@@ -24,7 +24,8 @@ def memory_row(teacher: str, window: str, recovery: float, gains: list[float]) -
         "aligned": {**final, "recovery": 0.6},
         "final": final,
         "layers": [
-            {"layer": layer, "nll_gain": gain, "interval": [gain - 0.01, gain + 0.01]} for layer, gain in enumerate(gains)
+            {"layer": layer, "nll_gain": gain, "interval": [gain - 0.01, gain + 0.01]}
+            for layer, gain in enumerate(gains)
         ],
     }
     if window == "random":
