@@ -34,6 +34,7 @@ def nha_config(base_config: PretrainedConfig, nha: NHASettings) -> Any:
         )
     fields = base_config.to_dict()
     windows = nha.windows(base_config.num_hidden_layers)
+    nha.slots_by_layer(base_config.num_hidden_layers)
     check_windows(name, fields, windows)
     for key in ("model_type", "architectures", "transformers_version", "auto_map"):
         fields.pop(key, None)

@@ -70,9 +70,10 @@ def calibrate_gates(model: Any, nha: NHASettings, ids: torch.Tensor, *, seed: in
     if method not in NEEDS_TEXT:
         raise ValueError(f"gate_init is {method!r}: only {', '.join(NEEDS_TEXT)} look at text")
     tokens = len(ids) * max(0, ids.shape[1] - nha.sinks)
-    if tokens < nha.slots:
+    most = max(nha.slots_by_layer(model.config.num_hidden_layers))
+    if tokens < most:
         raise InputError(
-            f"nha.gate_init {method} looks at {tokens} tokens behind the sinks, fewer than nha.slots = {nha.slots}; "
+            f"nha.gate_init {method} looks at {tokens} tokens behind the sinks, fewer than nha.slots = {most}; "
             "raise stages.0.sequence_length or lower nha.slots"
         )
     training = model.training

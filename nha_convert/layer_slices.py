@@ -116,6 +116,7 @@ def sliced_config(config: Any, first: int, count: int) -> Any:
     fields |= {
         "num_hidden_layers": count,
         "nha_windows": [config.nha_windows[index] for index in layers],
+        "nha_slots": [config.slots_of(index) for index in layers],
         "vocab_size": 1,
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
         "tie_word_embeddings": False,

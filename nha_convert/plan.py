@@ -83,21 +83,21 @@ class Dimensions:
         layers += (self.layers - self.dense_layers) * sparse
         return layers + self.hidden + self.vocabulary * self.hidden * (2 - self.tied)
 
-    def gate_parameters(self, nha: NHASettings) -> int:
+    def gate_parameters(self, nha: NHASettings, slots: int) -> int:
         """New parameters of one NHA layer."""
-        gate = (self.hidden + 1) * self.groups * nha.slots
+        gate = (self.hidden + 1) * self.groups * slots
         return gate + self.heads * self.head_dim * nha.slot_query_scale + self.heads * nha.slot_bias
 
     def full_cache_bytes(self, tokens: int, element: int) -> int:
         """Key/value cache of one full-attention layer for one sequence."""
         return 2 * self.groups * self.head_dim * tokens * element
 
-    def nha_cache_bytes(self, nha: NHASettings, window: int, element: int) -> int:
+    def nha_cache_bytes(self, nha: NHASettings, slots: int, window: int, element: int) -> int:
         """State of one NHA layer for one sequence, at any context: slots, ring, sinks and one count (`NHAState`)."""
-        slots = 2 * self.groups * nha.slots * self.head_dim * 4
+        memory = 2 * self.groups * slots * self.head_dim * 4
         token = 2 * self.groups * self.head_dim * element + 2 * self.head_dim * 4
-        ring = (window + 1) * (token + self.groups * nha.slots * 4)
-        return slots + ring + nha.sinks * token + 8
+        ring = (window + 1) * (token + self.groups * slots * 4)
+        return memory + ring + nha.sinks * token + 8
 
 
 def model_dimensions(model: str) -> Dimensions:
@@ -202,8 +202,9 @@ def make_plan(recipe: Recipe, cost: Cost, time: Time | None = None, machine: Mac
     nha, element = recipe.nha, BYTES[recipe.runtime.dtype]
     windows = nha.windows(sizes.layers)
     check_windows(recipe.model, config, chosen.convertible(sizes.layers))
-    gate = sizes.gate_parameters(nha)
-    new = gate * sum(window is not None for window in windows)
+    slots = nha.slots_by_layer(sizes.layers)
+    gates = [0 if window is None else sizes.gate_parameters(nha, own) for window, own in zip(windows, slots)]
+    new = sum(gates)
     stages = range(len(recipe.stages))
     runs = [stage_windows(recipe, index, sizes.layers) for index in stages]
     times = [time(recipe, index, machine) if time and machine else {} for index in stages]
@@ -217,16 +218,16 @@ def make_plan(recipe: Recipe, cost: Cost, time: Time | None = None, machine: Mac
                 "layer": layer,
                 "attention": "full" if window is None else "nha",
                 "window": window,
-                "slots": None if window is None else nha.slots,
+                "slots": None if window is None else slots[layer],
                 "sinks": None if window is None else nha.sinks,
-                "new_parameters": 0 if window is None else gate,
+                "new_parameters": gates[layer],
             }
             for layer, window in enumerate(windows)
         ],
         "parameters": {"model": sizes.parameters, "new": new},
         "stages": [_stage(recipe, index, sizes, cost(recipe, index)) | times[index] for index in stages],
         "cache": [_cache(sizes, nha, windows, element, tokens) for tokens in _contexts(sizes.context)],
-        "notes": _to_be_chosen(chosen) + _notes(recipe, windows, runs, gate),
+        "notes": _to_be_chosen(chosen) + _notes(recipe, windows, runs, gates),
     }
     return plan if machine is None else plan | _on(machine, recipe, plan, cost)
 
@@ -279,8 +280,8 @@ def _contexts(trained: int) -> list[int]:
 def _cache(sizes: Dimensions, nha: NHASettings, windows: list[int | None], element: int, tokens: int) -> dict[str, int]:
     teacher = sizes.layers * sizes.full_cache_bytes(tokens, element)
     student = sum(
-        sizes.full_cache_bytes(tokens, element) if window is None else sizes.nha_cache_bytes(nha, window, element)
-        for window in windows
+        sizes.full_cache_bytes(tokens, element) if window is None else sizes.nha_cache_bytes(nha, own, window, element)
+        for window, own in zip(windows, nha.slots_by_layer(sizes.layers))
     )
     return {"context": tokens, "teacher_bytes": teacher, "student_bytes": student}
 
@@ -304,13 +305,15 @@ def _stage(recipe: Recipe, index: int, sizes: Dimensions, cost: dict[str, int]) 
     }
 
 
-def _notes(recipe: Recipe, windows: list[int | None], runs: list[list[list[int | None]]], gate: int) -> list[str]:
+def _notes(
+    recipe: Recipe, windows: list[int | None], runs: list[list[list[int | None]]], gates: list[int]
+) -> list[str]:
     """What a reader of the plan would want to be told.
 
     Args:
         windows: of each layer; None stays full.
         runs: `stage_windows` of each stage.
-        gate: new parameters of one NHA layer.
+        gates: new parameters of each layer.
     """
     notes = []
     nha = sum(window is not None for window in windows)
@@ -323,13 +326,13 @@ def _notes(recipe: Recipe, windows: list[int | None], runs: list[list[list[int |
         )
     for index in range(len(recipe.stages)):
         if nha:
-            notes += [f"stages.{index}: {note}" for note in _stage_notes(recipe, index, runs[index], nha, gate)]
+            notes += [f"stages.{index}: {note}" for note in _stage_notes(recipe, index, runs[index], gates)]
     return [*notes, _kept(recipe)]
 
 
-def _stage_notes(recipe: Recipe, index: int, runs: list[list[int | None]], nha: int, gate: int) -> list[str]:
-    """Of one stage in which `nha` layers have gates: what keeps these from learning."""
-    stage, sinks = recipe.stages[index], recipe.nha.sinks
+def _stage_notes(recipe: Recipe, index: int, runs: list[list[int | None]], gates: list[int]) -> list[str]:
+    """Of one stage, whose layers have so many new parameters: what keeps gates from learning."""
+    stage, sinks, nha = recipe.stages[index], recipe.nha.sinks, sum(gate > 0 for gate in gates)
     notes = []
     running = [[window for window in choices if window is not None] for choices in runs if choices != [None]]
     if not running:
@@ -353,7 +356,7 @@ def _stage_notes(recipe: Recipe, index: int, runs: list[list[int | None]], nha: 
             f"its sequences of {stage.sequence_length} tokens fit into windows of {', '.join(map(str, wide))} and the "
             f"sinks, behind which the slots see nothing; raise sequence_length or lower {_windows_key(recipe, index)}"
         )
-    new = gate * len(running)
+    new = sum(gate for gate, choices in zip(gates, runs) if choices != [None])
     if "gates" in stage.train and stage.tokens < new:
         notes.append(
             f"{count(stage.tokens)} tokens are fewer than the {count(new)} new parameters that it trains; give it more"

@@ -50,7 +50,7 @@ def stage_cost(recipe: Recipe, index: int) -> dict[str, int]:
     if not exact:
         return dict.fromkeys((*COUNTS, *PARTS), 0)
     if recipe.by_layer(index):
-        return _with_allocator(_by_layer(recipe, index, config, max(exact), len(exact)))
+        return _with_allocator(_own_gates(_by_layer(recipe, index, config, max(exact), len(exact)), recipe, config))
     few = _measure(recipe, index, config, [max(exact)] * FEW)
     more = _measure(recipe, index, config, [max(exact)] * (FEW + 1))
     parts = {name: few[name] + (more[name] - few[name]) * (len(exact) - FEW) for name in few}
@@ -60,7 +60,23 @@ def stage_cost(recipe: Recipe, index: int) -> dict[str, int]:
         if full > 1:  # the first brings what all of them share: the mask between documents
             again = _measure(recipe, index, config, [max(exact)] * FEW + ["full"] * 2)
             parts = {name: parts[name] + (again[name] - beside[name]) * (full - 1) for name in few}
+    if "gates" in recipe.stages[index].train:
+        parts = _own_gates(parts, recipe, config)
     return _with_allocator(parts)
+
+
+def _nha_slots(recipe: Recipe, config: PretrainedConfig) -> list[int]:
+    """The slots of each NHA layer."""
+    layers = config.num_hidden_layers
+    every = zip(recipe.nha.slots_by_layer(layers), recipe.nha.windows(layers))
+    return [slots for slots, window in every if window is not None]
+
+
+def _own_gates(parts: dict[str, int], recipe: Recipe, config: PretrainedConfig) -> dict[str, int]:
+    """What is trained, where every layer was counted with the most slots that one of them has."""
+    slots = _nha_slots(recipe, config)
+    elsewhere = sum(max(slots) - own for own in slots) * (config.hidden_size + 1) * config.num_key_value_heads
+    return parts | {"trained_parameters": parts["trained_parameters"] - elsewhere}
 
 
 def _with_allocator(parts: dict[str, int]) -> dict[str, int]:
@@ -95,7 +111,8 @@ def model_config(model: str) -> PretrainedConfig:
 def _measure(recipe: Recipe, index: int, config: PretrainedConfig, windows: list[int | str]) -> dict[str, int]:
     """`stage_cost` of a model with as many layers as `windows` has entries."""
     stage = recipe.stages[index].model_copy(update={"windows": None})
-    nha = recipe.nha.model_copy(update={"window": windows, "full_attention_layers": []})
+    most = max(_nha_slots(recipe, config))
+    nha = recipe.nha.model_copy(update={"window": windows, "full_attention_layers": [], "slots": most})
     small = nha_config(_with_layers(config, len(windows)), NHASettings(**nha.model_dump()))
     dtype = getattr(torch, recipe.runtime.dtype)
     joined = bool(getattr(config, "num_experts", 0)) and dtype == torch.float32

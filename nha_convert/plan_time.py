@@ -105,7 +105,7 @@ class _Stage:
         elements = {name: rows * columns for name, (rows, columns) in self.sizes.projections.items()}
         self.output = elements.pop("o_proj")
         self.inputs = sum(elements.values())  # q, k, v
-        self.gate = self.sizes.hidden * self.sizes.groups * recipe.nha.slots
+        self.slots = recipe.nha.slots_by_layer(self.sizes.layers)
         train = self.stage.train
         self.trains_gates = "gates" in train
         self.trains_attention = any(part in train for part in ("qkvo", "no_mlp", "all"))
@@ -174,7 +174,7 @@ class _Stage:
         adapters = sum(sum(self.adapter(name)) for name in self.adapted)
         yield self.products(f"{which}_products", self.output + inputs * self.inputs + adapters)
         if self.runs_nha(layer):
-            yield self.products(f"{which}_products", self.gate, single=True)
+            yield self.products(f"{which}_products", self.gate(layer), single=True)
         yield from self.mixing(which, layer, backward=False)
 
     def attention_backward(self, layer: int, below: bool) -> Iterator[Item]:
@@ -188,7 +188,7 @@ class _Stage:
             elements += first + 2 * second + first * (inside if name == "o_proj" else below)
         yield self.products("backward_products", elements)
         if self.runs_nha(layer):
-            yield self.products("backward_products", self.gate * (gates + below), single=True)
+            yield self.products("backward_products", self.gate(layer) * (gates + below), single=True)
         if inside:
             yield from self.mixing("backward", layer, backward=True)
 
@@ -200,7 +200,7 @@ class _Stage:
             if window is None:
                 yield Item(part, self.softmax(layer, backward))
             else:
-                work = count(self.shape(window), self.stage.sequence_length, self.element)
+                work = count(self.shape(layer, window), self.stage.sequence_length, self.element)
                 share = 1 / len(choices)
                 yield Item(part, floors.Work(work.flops * share, work.bytes * share, work.io_bytes * share))
 
@@ -212,12 +212,16 @@ class _Stage:
     def softmax(self, layer: int, backward: bool) -> floors.Work:
         """The base model's own attention."""
         count = floors.softmax_backward if backward else floors.softmax_forward
-        return count(self.shape(0), self.stage.sequence_length, self.reach[layer], self.element)
+        return count(self.shape(layer, 0), self.stage.sequence_length, self.reach[layer], self.element)
 
-    def shape(self, window: int) -> floors.Shape:
+    def gate(self, layer: int) -> int:
+        """Elements of a layer's gate matrix."""
+        return self.sizes.hidden * self.sizes.groups * self.slots[layer]
+
+    def shape(self, layer: int, window: int) -> floors.Shape:
         """A layer as the floors know it; sinks are seen like tokens of the window."""
-        sizes, nha = self.sizes, self.recipe.nha
-        return floors.Shape(sizes.family, sizes.heads, sizes.groups, sizes.head_dim, nha.slots, window + nha.sinks)
+        sizes, seen = self.sizes, window + self.recipe.nha.sinks
+        return floors.Shape(sizes.family, sizes.heads, sizes.groups, sizes.head_dim, self.slots[layer], seen)
 
     def runs_nha(self, layer: int) -> bool:
         """Whether the student's layer runs NHA in this stage."""

@@ -35,7 +35,7 @@ class NHASettings(Settings):
     """What each attention layer becomes.
 
     Attributes:
-        slots: memory slots per key/value head.
+        slots: memory slots per key/value head; a number, or one per layer.
         window: exact tokens each query sees, itself included; an int, `full`, or one of these per layer.
         full_attention_layers: layers (from 0) that stay the base model's own attention; `every:N` keeps
             layers N-1, 2N-1, ...; `auto:N` those N that need it most by measurement when the run begins,
@@ -54,7 +54,7 @@ class NHASettings(Settings):
         mask_empty: hide the slots until something was absorbed.
     """
 
-    slots: Count = 64
+    slots: Count | Annotated[list[Count], Field(min_length=1)] = 64
     window: Window = 64
     full_attention_layers: FullLayers = []
     sinks: CountFromZero = 4
@@ -120,6 +120,21 @@ class NHASettings(Settings):
         layers, count = sorted(self.candidates(num_layers)), self.auto[0]
         spaced = [layers[(place + 1) * len(layers) // count - 1] for place in range(count)]
         return self.model_copy(update={"full_attention_layers": spaced})
+
+    def slots_by_layer(self, num_layers: int) -> list[int]:
+        """The slots of each layer; those of layers that stay full are not read.
+
+        Raises:
+            InputError: a list of another length.
+        """
+        if not isinstance(self.slots, list):
+            return [self.slots] * num_layers
+        if len(self.slots) != num_layers:
+            raise InputError(
+                f"nha.slots: the model has {num_layers} layers and needs one number, or one for each, found "
+                f"{len(self.slots)}"
+            )
+        return self.slots
 
     def windows(self, num_layers: int) -> list[int | None]:
         """The window of each layer; None keeps the base model's full attention.

@@ -76,7 +76,7 @@ def test_cache_bytes_are_the_states(pico: Path, dtype: str) -> None:
         dtype=getattr(torch, dtype),
     )
     held = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors().values())
-    assert sizes.nha_cache_bytes(nha, 8, {"float32": 4, "bfloat16": 2}[dtype]) == held
+    assert sizes.nha_cache_bytes(nha, 16, 8, {"float32": 4, "bfloat16": 2}[dtype]) == held
 
 
 def test_plan_of_the_whole(pico_llama: Path) -> None:

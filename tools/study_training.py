@@ -78,6 +78,7 @@ EXTENSIONS: dict[str, Variant] = {
     "no sinks": ({"sinks": 0}, [ALIGN]),
     "32 slots": ({"slots": 32}, [ALIGN]),
     "128 slots": ({"slots": 128}, [ALIGN]),
+    "256 slots in all, 160 of them in layer 1": ({"slots": [32, 160, 32, 32]}, [ALIGN]),
 }
 TABLES = {"Objectives": OBJECTIVES, "Extensions": EXTENSIONS}
 

@@ -44,9 +44,9 @@ class NHAGate(nn.Module):
     slot_q_scale: nn.Parameter | None
     slot_bias: nn.Parameter | None
 
-    def __init__(self, config: Any, head_dim: int) -> None:
+    def __init__(self, config: Any, head_dim: int, layer: int) -> None:
         super().__init__()
-        heads, self.groups, self.slots = config.num_attention_heads, config.num_key_value_heads, config.nha_slots
+        heads, self.groups, self.slots = config.num_attention_heads, config.num_key_value_heads, config.slots_of(layer)
         self.tau = config.nha_tau
         self.gate_proj = Float32Linear(config.hidden_size, self.groups * self.slots, dtype=torch.float32)
         scale = torch.ones(heads, head_dim, dtype=torch.float32)
@@ -93,7 +93,7 @@ class NHAAttentionMixin:
         """Turn a constructed base attention module into an NHA layer."""
         self.nha_window = None if window == FULL else int(window)
         self.nha_mode, self.nha_branch = "student", "both"
-        self.nha = NHAGate(config, self.head_dim)
+        self.nha = NHAGate(config, self.head_dim, self.layer_idx)
 
     @property
     def runs_nha(self) -> bool:

@@ -22,7 +22,7 @@ class NHAFields:
         nha_windows: one entry per layer: the exact tokens each query sees (itself included; 0 is a pure linear RNN),
             "full" for an NHA layer that at present runs the base model's own attention (`set_windows`), or None for
             a layer that was never converted. None for the whole list: no layer was.
-        nha_slots: M, memory slots per key/value head.
+        nha_slots: M, memory slots per key/value head; one number, or one for each layer.
         nha_sinks: S, first tokens of a document that stay exact keys for ever.
         nha_tau: the slot decay is `sigmoid(logit) ** (1 / nha_tau)`.
         nha_slot_query_scale: learn a scale per query channel for the slots' scores.
@@ -33,7 +33,7 @@ class NHAFields:
     """
 
     nha_windows: list[int | str | None] | None = None
-    nha_slots: int = 64
+    nha_slots: int | list[int] = 64
     nha_sinks: int = 4
     nha_tau: float = 8.0
     nha_slot_query_scale: bool = True
@@ -53,12 +53,21 @@ class NHAFields:
         for index, window in enumerate(self.nha_windows):
             if window is not None and not is_window(window):
                 raise ValueError(f"nha_windows[{index}] is {window!r}: it must be None, 'full' or an integer >= 0")
-        if self.nha_slots < 1:
+        if isinstance(self.nha_slots, list) and len(self.nha_slots) != layers:
+            raise ValueError(
+                f"nha_slots has {len(self.nha_slots)} entries but num_hidden_layers is {layers}: "
+                "give one number, or one per layer"
+            )
+        if min(self.slots_of(layer) for layer in range(layers)) < 1:
             raise ValueError(f"nha_slots is {self.nha_slots}: it must be at least 1")
         if self.nha_sinks < 0:
             raise ValueError(f"nha_sinks is {self.nha_sinks}: it must be 0 or more")
         if not self.nha_tau > 0:
             raise ValueError(f"nha_tau is {self.nha_tau}: it must be positive")
+
+    def slots_of(self, layer: int) -> int:
+        """Memory slots per key/value head of one layer."""
+        return self.nha_slots[layer] if isinstance(self.nha_slots, list) else self.nha_slots
 
 
 def is_window(value: Any) -> bool:

@@ -130,9 +130,11 @@ def _layers(config: dict[str, Any]) -> str:
     names = {None: "full", "full": "full (with gates)"}
     shown = ", ".join(names.get(window, str(window)) for window in windows)
     converted = sum(window is not None for window in windows)
+    given = config["nha_slots"]
+    slots = f"Layer by layer {', '.join(map(str, given))}" if isinstance(given, list) else str(given)
     return (
         f"{converted} of {len(windows)} layers are NHA; windows in tokens, layer by layer: {shown}. "
-        f"{config['nha_slots']} slots per key/value head, {config['nha_sinks']} sinks, tau {config['nha_tau']:g}, "
+        f"{slots} slots per key/value head, {config['nha_sinks']} sinks, tau {config['nha_tau']:g}, "
         f"slot query scale {'on' if config['nha_slot_query_scale'] else 'off'}, "
         f"slot bias {'on' if config['nha_slot_bias'] else 'off'}."
     )

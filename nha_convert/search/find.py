@@ -99,9 +99,13 @@ def _full_bytes(request: SearchRequest) -> int:
 
 def _options(request: SearchRequest, losses: Losses, element: int) -> dict[int, list[Option]]:
     sizes, nha = request.sizes, request.recipe.nha
+    slots = nha.slots_by_layer(sizes.layers)
     whole = Option(None, sizes.full_cache_bytes(request.context, element), 0.0)
     return {
-        layer: [Option(window, sizes.nha_cache_bytes(nha, window, element), loss) for window, loss in row.items()]
+        layer: [
+            Option(window, sizes.nha_cache_bytes(nha, slots[layer], window, element), loss)
+            for window, loss in row.items()
+        ]
         + [whole]
         for layer, row in losses.items()
     }

@@ -72,10 +72,10 @@ def test_windows_within_a_budget(share: int, recipe_file: Path) -> None:
     wanted = sum(losses[str(layer)].get(str(window), 0.0) for layer, window in enumerate(choice["windows"]))
     assert choice["loss"] == pytest.approx(wanted)
     assert choice["windows"][NEEDY] == "full"
-    sizes = request.sizes
+    sizes, nha = request.sizes, request.recipe.nha
     own = sum(
-        sizes.full_cache_bytes(2048, 4) if window == "full" else sizes.nha_cache_bytes(request.recipe.nha, window, 4)
-        for window in choice["windows"]
+        sizes.full_cache_bytes(2048, 4) if window == "full" else sizes.nha_cache_bytes(nha, own, window, 4)
+        for window, own in zip(choice["windows"], nha.slots_by_layer(sizes.layers))
     )
     assert choice["bytes"] == own
     NHASettings.model_validate(yaml.safe_load("{" + found["setting"].replace("nha.window=", "window: ") + "}"))
