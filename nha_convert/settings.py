@@ -19,6 +19,7 @@ from .settings_types import (
     FullLayers,
     Positive,
     Settings,
+    Slots,
     Tokens,
     Window,
     device_name,
@@ -54,7 +55,7 @@ class NHASettings(Settings):
         mask_empty: hide the slots until something was absorbed.
     """
 
-    slots: Count | Annotated[list[Count], Field(min_length=1)] = 64
+    slots: Slots = 64
     window: Window = 64
     full_attention_layers: FullLayers = []
     sinks: CountFromZero = 4

@@ -66,6 +66,22 @@ def _window(value: Any) -> int | str | list[int | str]:
     return _one_window(value)
 
 
+def _one_slots(value: Any) -> int:
+    if isinstance(value, str) and value.strip().isdigit():
+        value = int(value)
+    if not isinstance(_number(value), int) or value < 1:
+        raise ValueError(f"a number >= 1 is needed, found {value!r}; or a list of these with one entry per layer")
+    return value
+
+
+def _slots(value: Any) -> int | list[int]:
+    if isinstance(value, list):
+        if not value:
+            raise ValueError("a list of slots needs one entry per layer, found an empty list")
+        return [_one_slots(item) for item in value]
+    return _one_slots(value)
+
+
 def _full_layers(value: Any) -> list[int] | str:
     if isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
         return sorted(set(value))
@@ -99,5 +115,6 @@ Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=
 Weight = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1, allow_inf_nan=False)]
 Tokens = Annotated[int, BeforeValidator(_tokens)]
+Slots = Annotated[int | list[int], BeforeValidator(_slots)]
 Window = Annotated[int | str | list[int | str], BeforeValidator(_window)]
 FullLayers = Annotated[list[int] | str, BeforeValidator(_full_layers)]

@@ -93,3 +93,9 @@ def test_wrong_lists_are_named(pico_llama: Path) -> None:
         CONFIGS["llama"](**fields, nha_slots=[4])
     with pytest.raises(ValueError, match="it must be at least 1"):
         CONFIGS["llama"](**fields, nha_slots=[4, 0])
+
+
+@pytest.mark.parametrize("given", [0, -1, True, 2.5, "many", [4, 0], []])
+def test_what_is_no_count_of_slots(given: Any) -> None:
+    with pytest.raises(ValueError, match="found"):
+        NHASettings(slots=given)
