@@ -156,7 +156,8 @@ def test_a_model_that_stays_on_disk_scores_the_same(needy_model: Path, words: Pa
     """As `runtime.layers_at_once` has it."""
     recipe, model, text = measured(needy_model, words)
     options: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu"), "seed": recipe.seed}
-    streamed = load_streamed(needy_model, all_converted(recipe).nha, scratch=tmp_path, **options)
+    nha = all_converted(recipe).nha.model_copy(update={"gate_init": "horizons"})
+    streamed = load_streamed(needy_model, nha, scratch=tmp_path, **options)
     for method in ("attention", "alignment", "kl", "restore"):
         windows = dict.fromkeys(EVERY, [8])
         wanted = layer_losses(method, model, text, windows, branch="window")
