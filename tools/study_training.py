@@ -137,6 +137,8 @@ def page(rows: list[dict[str, Any]], before: str) -> str:
     lines: list[str] = []
     for title, variants in TABLES.items():
         found = [row for name in variants for row in rows if row["variant"] == name]
+        if not found:
+            continue
         distances = sorted({int(distance) for row in found for distance in row["recall"]})
         head = ["variant", "seed", "recovery", "95 %", "NLL", "window alone", "layers that help", "minutes"]
         head += [f"recall {distance}" for distance in distances]
