@@ -217,7 +217,7 @@ def _print_swap(report_: dict[str, Any], quiet: bool, as_json: bool) -> None:
     if as_json:
         print_json(report_)
     elif not quiet:
-        from .plan import count
+        from .quantities import count
 
         if "search" in report_:
             found = report_["search"]

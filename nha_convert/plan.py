@@ -14,6 +14,7 @@ from .families import FAMILIES
 from .gpus import SHARE, Machine
 from .model_files import check_family, check_windows, read_config
 from .plan_fit import fit
+from .quantities import count, size
 from .recipe import NHASettings, Recipe
 from .weights.config_check import size_problems
 from .weights.weight_files import refuse
@@ -383,19 +384,3 @@ def _kept(recipe: Recipe) -> str:
     if parts == ["lora"]:
         return "Adapters are merged into q/k/v/o; everything else of the model stays frozen."
     return f"The model's own tensors are trained ({', '.join(parts)}), not only its gates."
-
-
-def count(number: int) -> str:
-    """A count in three digits: 6.29M."""
-    for unit, factor in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= factor:
-            return f"{number / factor:.3g}{unit}"
-    return str(number)
-
-
-def size(number: int) -> str:
-    """Bytes in three digits: 1.5 MiB."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if number >= factor:
-            return f"{number / factor:.3g} {unit}"
-    return f"{number} B"

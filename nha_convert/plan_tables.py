@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .plan import count, size
+from .quantities import count, size
 
 if TYPE_CHECKING:
     from rich.console import Group

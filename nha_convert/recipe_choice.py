@@ -68,7 +68,7 @@ def choose(model: str, family: str, parameters: int) -> Choice:
             f"{model}: no shipped recipe is for models of type {family}; copy one that is near with "
             "`nha-convert recipes cp NAME my.yaml`, set its model, and run my.yaml"
         )
-    from .plan import count
+    from .quantities import count
 
     nearest = min(there, key=lambda one: abs(math.log(max(1, parameters) / one.parameters)))
     names = ", ".join(one.name for one in there)

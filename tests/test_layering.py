@@ -31,6 +31,7 @@ BASE = {
     "nha_convert.work_folder",
     "nha_convert.files",
     "nha_convert.plan",
+    "nha_convert.quantities",
     "nha_convert.plan_fit",
     "nha_convert.plan_tables",
     "nha_convert.gpus",

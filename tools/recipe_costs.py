@@ -22,9 +22,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from nha_convert.gpus import Machine, find_machine  # noqa: E402
-from nha_convert.plan import count, make_plan, size  # noqa: E402
+from nha_convert.plan import make_plan  # noqa: E402
 from nha_convert.plan_memory import stage_cost  # noqa: E402
 from nha_convert.plan_time import stage_time  # noqa: E402
+from nha_convert.quantities import count, size  # noqa: E402
 from nha_convert.recipe import Recipe, list_recipes, load_recipe, recipe_path  # noqa: E402
 
 TOLERANCE = 0.02
