@@ -17,6 +17,7 @@ def memory_row(teacher: str, window: str, recovery: float, gains: list[float]) -
     row = {
         "teacher": teacher,
         "window": window,
+        "protocol": "short",
         "seed": 0,
         "tokens": 1_000_000,
         "teacher_model": {"nll": 4.0, "recall": {"64": 1.0}},
@@ -48,6 +49,15 @@ def test_the_memory_line_needs_every_run_and_every_layer(studies: Path) -> None:
         (studies / "memory.json").write_text(json.dumps(worse))
         assert not fidelity.memory()["met"]
     (studies / "memory.json").write_text(json.dumps([*rows[:3], memory_row("b", "64", 0.9, [0.1, -0.001])]))
+    assert not fidelity.memory()["met"]
+
+
+def test_the_memory_line_reads_the_longest_run_of_each_window(studies: Path) -> None:
+    rows = [memory_row(teacher, window, 0.7, [0.1]) for teacher in ("a", "b") for window in ("32", "64")]
+    longer = [{**memory_row(row["teacher"], row["window"], 0.9, [0.1]), "tokens": 2_000_000} for row in rows]
+    (studies / "memory.json").write_text(json.dumps([*longer, *rows, memory_row("a", "random", 0.6, [0.1])]))
+    assert fidelity.memory()["met"] and "random" not in fidelity.memory()["measured"]
+    (studies / "memory.json").write_text(json.dumps([*rows, *longer[1:]]))
     assert not fidelity.memory()["met"]
 
 
@@ -109,18 +119,20 @@ def test_a_study_that_was_not_run_is_named(studies: Path) -> None:
         fidelity.memory()
 
 
-@pytest.mark.parametrize("teacher, window", study_memory.RUNS)
-def test_recipes_of_the_memory_study(teacher: str, window: str) -> None:
-    recipe = Recipe.model_validate(study_memory.study_recipe(teacher, window, 1))
+@pytest.mark.parametrize("teacher, window, name", study_memory.RUNS)
+def test_recipes_of_the_memory_study(teacher: str, window: str, name: str) -> None:
+    protocol = study_memory.PROTOCOLS[name]
+    recipe = Recipe.model_validate(study_memory.study_recipe(teacher, window, protocol, 1))
     assert recipe.seed == 1 and recipe.nha.gate_init == "attended" and recipe.nha.full_attention_layers == []
     drawn = study_memory.RANDOM if window == "random" else None
     assert all(stage.random_windows == drawn for stage in recipe.stages)
-    assert sum(stage.tokens for stage in recipe.stages) <= 4_000_000
+    assert sum(stage.tokens for stage in recipe.stages) == protocol.tokens <= 4_000_000
+    assert {name for stage in recipe.stages for name in stage.sources or ()} <= {"recall"}
 
 
 def test_the_memory_page() -> None:
     text = study_memory.page([memory_row("embedded", "random", 0.9, [0.1, -0.1])])
-    assert "| embedded | random | 0 | 0.500 | 0.600 | 0.900 | 0.80 to 1.00 | +1.00 % | 1 of 2 |" in text
+    assert "| embedded | random | short | 0 | 0.500 | 0.600 | 0.900 | 0.80 to 1.00 | +1.00 % | 1 of 2 |" in text
     assert "4.0100 (3.91 to 4.11) | 4.0000 | yes |" in text
     for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
         assert len({row.count("|") for row in table.splitlines()}) == 1, "every row of a table has as many cells"

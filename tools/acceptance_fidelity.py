@@ -32,16 +32,20 @@ def study(name: str) -> Any:
     "memory recovery >= 0.85, and positive in every layer's own ablation",
 )
 def memory() -> dict[str, Any]:
-    rows = study("memory")
-    parts, met = [], len(rows) >= 4
-    for row in rows:
+    longest: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in sorted(study("memory"), key=lambda row: row["tokens"]):
+        if row["window"] != "random":
+            longest[row["teacher"], row["window"]] = row
+    parts, met = [], len(longest) >= 4
+    for row in longest.values():
         low, high = row["final"]["interval"] or (math.nan, math.nan)
         positive = sum(one["nll_gain"] > 0 for one in row["layers"])
         sure = sum(bool(one["interval"]) and one["interval"][0] > 0 for one in row["layers"])
         met = met and row["final"]["recovery"] >= 0.85 and positive == len(row["layers"])
         parts.append(
-            f"{row['teacher']}, W {row['window']}: {row['final']['recovery']:.3f} ({low:.2f} to {high:.2f}), "
-            f"{positive} of {len(row['layers'])} layers positive, {sure} surely, {row['tokens'] / 1e6:.2g}M tokens"
+            f"{row['teacher']}, W {row['window']}, {row['protocol']}: {row['final']['recovery']:.3f} ({low:.2f} to "
+            f"{high:.2f}), {positive} of {len(row['layers'])} layers positive, {sure} surely, "
+            f"{row['tokens'] / 1e6:.2g}M tokens"
         )
     return {"measured": "; ".join(parts), "met": met}
 

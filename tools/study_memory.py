@@ -1,11 +1,12 @@
 """How much memory a conversion of every layer keeps: align and distill on two teachers, into docs/studies/memory.*
 
-    python tools/study_memory.py --work DIR                         all runs, one after the other (an hour on one core)
-    python tools/study_memory.py --work DIR --only embedded/32      one of them: TEACHER/WINDOW, a number or `random`
-    python tools/study_memory.py                                    only writes the tables of what was measured
+    python tools/study_memory.py --work DIR                            all runs, one after the other (hours on one core)
+    python tools/study_memory.py --work DIR --only embedded/32/short   one of them: TEACHER/WINDOW/PROTOCOL
+    python tools/study_memory.py                                       only writes the tables of what was measured
 
-Every layer NHA, 64 slots, 4 sinks. `random` draws each layer's window of 32, 64 or 256 at every step, is measured at
-64, and then at W = 0, 32, 64, 256 and full. Each run is `nha-convert run` on a recipe that is kept beside its results.
+Every layer NHA, 64 slots per key/value head. A window is a number or `random`, which draws each layer's window of 32,
+64 or 256 at every step, is measured at 64, and then at W = 0, 32, 64, 256 and full. Each run is `nha-convert run` on a
+recipe that is kept beside its results.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +29,67 @@ from nha_convert.files import write_json, write_text  # noqa: E402
 
 OUT = ROOT / "docs" / "studies" / "memory"
 TEACHERS = {"embedded": "embedded", "qwen3": str(ROOT / "recipes" / "teacher-qwen3")}
-RUNS = [(teacher, window) for teacher in TEACHERS for window in ("32", "64", "random")]
 RANDOM, MEASURED_AT = [32, 64, 256], ["0", "32", "64", "256", "full"]
-ALIGN, DISTILL = 250_000, 750_000
+ALIGN = 250_000
 GOAL = 0.85
 
 
-def study_recipe(teacher: str, window: str, seed: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Protocol:
+    """How a run is trained.
+
+    Attributes:
+        distill: for each stage of distillation after the alignment, its tokens and the sources it reads; None: all.
+        gate_rate: learning rate of the gates in these stages.
+    """
+
+    sinks: int
+    distill: tuple[tuple[int, str | None], ...]
+    gate_rate: float
+
+    @property
+    def tokens(self) -> int:
+        """Of all stages together."""
+        return ALIGN + sum(tokens for tokens, _ in self.distill)
+
+    def __str__(self) -> str:
+        stages = (f"{tokens / 1e3:,.0f}k of {source or 'the mix'}" for tokens, source in self.distill)
+        return f"{self.sinks or 'no'} sinks, distilled on {', then '.join(stages)}, gates at {self.gate_rate:g}"
+
+
+PROTOCOLS = {
+    "short": Protocol(sinks=4, distill=((750_000, None),), gate_rate=3e-3),
+    "middle": Protocol(sinks=0, distill=((750_000, "recall"), (500_000, None)), gate_rate=1e-2),
+    "long": Protocol(sinks=0, distill=((2_250_000, "recall"), (1_500_000, None)), gate_rate=1e-2),
+}
+RUNS = [(teacher, window, name) for name in PROTOCOLS for teacher in TEACHERS for window in ("32", "64", "random")]
+
+
+def study_recipe(teacher: str, window: str, protocol: Protocol, seed: int) -> dict[str, Any]:
     """The recipe of one run, as YAML would hold it."""
     windows = {"random_windows": RANDOM} if window == "random" else {}
     common = {"sequence_length": 1024, "batch_size": 1, "save_steps": 100, **windows}
+    distill = {
+        "kind": "distill",
+        "learning_rate": 1.0e-3,
+        "gate_learning_rate": protocol.gate_rate,
+        "losses": [{"function": "kl"}],
+        **common,
+    }
     return {
         "model": TEACHERS[teacher],
         "output": "runs/study-memory",
         "seed": seed,
-        "nha": {"slots": 64, "window": 64 if window == "random" else int(window), "sinks": 4, "tau": 2},
+        "nha": {"slots": 64, "window": 64 if window == "random" else int(window), "sinks": protocol.sinks, "tau": 2},
         "data": {"sources": [{"source": "stdlib", "weight": 0.7}, {"source": "recall", "weight": 0.3}]},
         "stages": [
             {"kind": "align", "tokens": ALIGN, "learning_rate": 1.0e-2, **common},
-            {
-                "kind": "distill",
-                "tokens": DISTILL,
-                "learning_rate": 1.0e-3,
-                "gate_learning_rate": 3.0e-3,
-                "losses": [{"function": "kl"}],
-                **common,
-            },
+            *(
+                distill
+                | {"name": f"distill-{source or 'mix'}", "tokens": tokens}
+                | ({"sources": [source]} if source else {})
+                for tokens, source in protocol.distill
+            ),
         ],
         "evaluate": {
             "sequence_length": 1024,
@@ -70,24 +107,26 @@ def command(*arguments: str) -> None:
     subprocess.run([sys.executable, str(ROOT / "cli.py"), *arguments], check=True, env=environment)
 
 
-def measure(teacher: str, window: str, seed: int, work: Path) -> dict[str, Any]:
+def measure(teacher: str, window: str, name: str, seed: int, work: Path) -> dict[str, Any]:
     """One run, from its recipe to what is kept of its eval.json."""
-    folder = work / f"{teacher}-{window}-{seed}"
-    recipe = work / f"{teacher}-{window}-{seed}.yaml"
+    protocol = PROTOCOLS[name]
+    folder = work / f"{teacher}-{window}-{name}-{seed}"
+    recipe = folder.with_suffix(".yaml")
     work.mkdir(parents=True, exist_ok=True)
-    recipe.write_text(yaml.safe_dump(study_recipe(teacher, window, seed), sort_keys=False), encoding="utf-8")
+    recipe.write_text(yaml.safe_dump(study_recipe(teacher, window, protocol, seed), sort_keys=False), encoding="utf-8")
     resumed = ["--resume"] if (folder / "recipe.yaml").exists() else []
     command("run", str(recipe), "--out", str(folder), *resumed)
     evaluation = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-    row: dict[str, Any] = {"teacher": teacher, "window": window, "seed": seed, "tokens": ALIGN + DISTILL}
-    for name in ("teacher", "swapped", "aligned", "final"):
-        measured = evaluation[name]
-        row["teacher_model" if name == "teacher" else name] = {
+    row: dict[str, Any] = {"teacher": teacher, "window": window, "protocol": name, "seed": seed}
+    row["tokens"] = protocol.tokens
+    for stage in ("teacher", "swapped", "aligned", "final"):
+        measured = evaluation[stage]
+        row["teacher_model" if stage == "teacher" else stage] = {
             "nll": measured["nll"],
             "recall": {distance: cell["exact_match"] for distance, cell in measured["recall"].items()},
         }
-        if name != "teacher":
-            row[name] |= {
+        if stage != "teacher":
+            row[stage] |= {
                 "recovery": measured["memory_recovery"],
                 "interval": measured["intervals"].get("memory_recovery"),
                 "nll_window": measured["ablation"]["window"],
@@ -103,7 +142,7 @@ def measure(teacher: str, window: str, seed: int, work: Path) -> dict[str, Any]:
 
 def at_window(folder: Path, window: str, work: Path) -> dict[str, Any]:
     """NLL of a finished run's model with another window, its interval and the teacher's."""
-    kept = work / "eval.json"
+    kept = work / f"{folder.name}-at-{window}.json"
     size = ["--set", f"nha.window={window}"]
     command("eval", str(folder), *size, "--no-recall", "--set", "evaluate.layer_ablation=false", "--json", str(kept))
     final = json.loads(kept.read_text(encoding="utf-8"))["final"]
@@ -121,14 +160,16 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Memory of a conversion of every layer",
         "",
-        f"Written by `python tools/study_memory.py --work DIR`: every layer NHA, 64 slots, 4 sinks, gates `attended`, "
-        f"{ALIGN // 1000}k tokens of alignment and {DISTILL // 1000}k of distillation (KL, gates and LoRA of rank 8). "
-        "Teachers: the embedded Llama and [teacher-qwen3](../../recipes/teacher-qwen3/README.md). `random`: windows of "
+        "Written by `python tools/study_memory.py --work DIR`: every layer NHA, 64 slots, gates `attended`, "
+        f"{ALIGN // 1000}k tokens of alignment at 1e-2, then distillation (KL, gates and LoRA of rank 8). Teachers: "
+        "the embedded Llama and [teacher-qwen3](../../recipes/teacher-qwen3/README.md). `random`: windows of "
         f"{', '.join(map(str, RANDOM))} drawn per layer and step, measured at 64. Intervals: 95 %, bootstrap over "
-        "windows of held-out text.",
+        "windows of held-out text. The mix: 70 % text and 30 % recall documents, as in the held-out text.",
         "",
-        "| teacher | window | seed | recovery: started | aligned | distilled | 95 % | NLL | layers that help |",
-        "|---|---|---|---|---|---|---|---|---|",
+        *(f"- `{name}`: {protocol}" for name, protocol in PROTOCOLS.items()),
+        "",
+        "| teacher | window | protocol | seed | recovery: started | aligned | distilled | 95 % | NLL | layers help |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         final = row["final"]
@@ -136,6 +177,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         cells = [
             row["teacher"],
             row["window"],
+            row["protocol"],
             str(row["seed"]),
             *(f"{row[name]['recovery']:.3f}" for name in ("swapped", "aligned", "final")),
             between(final["interval"]),
@@ -150,47 +192,59 @@ def page(rows: list[dict[str, Any]]) -> str:
         "",
         "## Recall by generation, by distance in tokens",
         "",
-        "| teacher | window | model | 2 W | 4 W | 8 W | 16 W |",
-        "|---|---|---|---|---|---|---|",
+        "| teacher | window | protocol | model | 2 W | 4 W | 8 W | 16 W |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         for name in ("teacher_model", "aligned", "final"):
             cells = [f"{value:.2f}" for value in row[name]["recall"].values()]
             cells += ["–"] * (4 - len(cells))
-            lines.append(f"| {row['teacher']} | {row['window']} | {name.split('_')[0]} | {' | '.join(cells)} |")
+            labels = row["teacher"], row["window"], row["protocol"], name.split("_")[0]
+            lines.append(f"| {' | '.join([*labels, *cells])} |")
     lines += ["", "## What each layer's slots are worth", ""]
     for row in rows:
         gains = (f"{one['layer']}: {one['nll_gain']:.4f} ({between(one['interval'], '.4f')})" for one in row["layers"])
-        lines.append(f"- {row['teacher']}, window {row['window']}: {', '.join(gains)}")
+        lines.append(f"- {row['teacher']}, window {row['window']}, {row['protocol']}: {', '.join(gains)}")
     drawn = [row for row in rows if "at" in row]
     if drawn:
         lines += ["", "## One model at many windows", "", "NLL of the models trained with random windows:", ""]
-        lines.append("| teacher | " + " | ".join(f"W {size}" for size in MEASURED_AT) + " | teacher's own | falls |")
-        lines.append("|---" * (len(MEASURED_AT) + 3) + "|")
+        sizes = " | ".join(f"W {size}" for size in MEASURED_AT)
+        lines.append(f"| teacher | protocol | {sizes} | teacher's own | falls |")
+        lines.append("|---" * (len(MEASURED_AT) + 4) + "|")
         for row in drawn:
             values = [row["at"][size]["nll"] for size in MEASURED_AT]
             monotone = all(after <= before for before, after in zip(values, values[1:]))
             cells = [f"{row['at'][size]['nll']:.4f} ({between(row['at'][size]['interval'])})" for size in MEASURED_AT]
             cells += [f"{row['teacher_model']['nll']:.4f}", "yes" if monotone else "no"]
-            lines.append(f"| {row['teacher']} | {' | '.join(cells)} |")
+            lines.append(f"| {row['teacher']} | {row['protocol']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def measured_rows() -> list[dict[str, Any]]:
+    """What was measured so far, by this process or another."""
+    path = OUT.with_suffix(".json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def key(row: dict[str, Any]) -> tuple[str, str, str]:
+    """The run that a row is of."""
+    return row["teacher"], row["window"], row["protocol"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="where runs are kept; left out, nothing is run")
-    parser.add_argument("--only", nargs="*", help="TEACHER/WINDOW")
+    parser.add_argument("--only", nargs="*", help="TEACHER/WINDOW/PROTOCOL")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    path = OUT.with_suffix(".json")
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     wanted = RUNS if options.only is None else [tuple(name.split("/")) for name in options.only]
-    for teacher, window in wanted if options.work else []:
-        if not any((row["teacher"], row["window"], row["seed"]) == (teacher, window, options.seed) for row in rows):
-            row = measure(teacher, window, options.seed, options.work)
-            rows.append(row)
-            write_json(path, rows)
-    rows.sort(key=lambda row: (RUNS.index((row["teacher"], row["window"])), row["seed"]))
+    for run in wanted if options.work else []:
+        if run not in RUNS:
+            raise SystemExit(f"--only {'/'.join(run)} is no run; allowed: {', '.join(map('/'.join, RUNS))}")
+        if not any((key(row), row["seed"]) == (run, options.seed) for row in measured_rows()):
+            row = measure(*run, options.seed, options.work)
+            write_json(OUT.with_suffix(".json"), [*measured_rows(), row])
+    rows = sorted(measured_rows(), key=lambda row: (RUNS.index(key(row)), row["seed"]))
     write_text(OUT.with_suffix(".md"), page(rows))
 
 

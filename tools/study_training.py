@@ -25,7 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from nha_convert.convert import load_student  # noqa: E402
@@ -60,7 +60,7 @@ OBJECTIVES: dict[str, Variant] = {
     "hidden, gates and LoRA": ({}, [HALF, {k: v for k, v in WHOLE.items() if k != "losses"} | {"kind": "hidden"}]),
 }
 EXTENSIONS: dict[str, Variant] = {
-    "scale and bias": ({}, [ALIGN]),
+    "alignment": ({}, [ALIGN]),
     "scale alone": ({"slot_bias": False}, [ALIGN]),
     "bias alone": ({"slot_query_scale": False}, [ALIGN]),
     "neither": ({"slot_query_scale": False, "slot_bias": False}, [ALIGN]),
@@ -109,13 +109,18 @@ def measured(name: str, variant: Variant, seed: int, work: Path) -> dict[str, An
     def teacher() -> torch.nn.Module:
         return load_student(folder, recipe.nha, dtype=torch.float32)
 
+    def own_teacher() -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
     for index in range(len(recipe.stages)):
         own = teacher if recipe.needs_teacher(index) else None
         model, _ = run_stage(model, tokenizer, recipe, index, run_dir, resume=True, quiet=True, teacher=own)
     seconds = time.perf_counter() - started
     text = held_out_tokens(study_recipe(variant, 0), tokenizer)  # the same for all seeds
     filler = recall_filler(recipe, tokenizer)
-    row = evaluate_student(model, tokenizer, text, filler, recipe.evaluate, label=name, with_branches=True, quiet=True)
+    row = evaluate_student(
+        model, tokenizer, text, filler, recipe.evaluate, label=name, teacher=own_teacher(), quiet=True
+    )
     shutil.rmtree(run_dir)
     return {
         "variant": name,
