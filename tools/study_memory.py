@@ -59,8 +59,8 @@ class Protocol:
 
 PROTOCOLS = {
     "short": Protocol(sinks=4, distill=((750_000, None),), gate_rate=3e-3),
-    "middle": Protocol(sinks=0, distill=((750_000, "recall"), (500_000, None)), gate_rate=1e-2),
-    "long": Protocol(sinks=0, distill=((2_250_000, "recall"), (1_500_000, None)), gate_rate=1e-2),
+    "middle": Protocol(sinks=0, distill=((750_000, "recall"), (500_000, None)), gate_rate=5e-3),
+    "long": Protocol(sinks=0, distill=((2_250_000, "recall"), (1_500_000, None)), gate_rate=5e-3),
 }
 RUNS = [(teacher, window, name) for name in PROTOCOLS for teacher in TEACHERS for window in ("32", "64", "random")]
 
