@@ -14,7 +14,7 @@ from .settings_types import DEFAULT_METHOD, SEARCH_METHODS
 search_app = typer.Typer(rich_markup_mode=None)
 
 
-@search_app.command(short_help="Which layers need full attention, and which windows the others.")
+@search_app.command(short_help="Which layers need full attention, which windows or how many slots the others.")
 def search(
     target: Annotated[
         str, typer.Argument(metavar="RECIPE|MODEL|CKPT", help="recipe, base model, NHA checkpoint or run folder")
@@ -29,6 +29,9 @@ def search(
     ] = None,
     windows: Annotated[
         str | None, typer.Option(metavar="LIST", help="windows to choose among, such as 64,256,1024,full")
+    ] = None,
+    slots: Annotated[
+        str | None, typer.Option(metavar="LIST", help="counts of slots to choose among, such as 16,64,256")
     ] = None,
     text: Annotated[
         str | None, typer.Option(metavar="FILE", help="text to measure on; the recipe's own if not given")
@@ -48,9 +51,11 @@ def search(
     nha-convert search demo --method recall --full 1
     nha-convert search Qwen/Qwen3-0.6B --memory 25% --context 32768 --windows 64,256,1024,full
     nha-convert search runs/demo --memory 50% --context 4096
+    nha-convert search align-only --slots 16,32,64,128,160
 
     Prints a table of losses, the choice, a curve of quality against cache memory, and the --set line to use. On a
-    finished model it searches windows at inference, without retraining.
+    finished model it searches windows at inference, without retraining. --slots shares out the slots of a conversion:
+    the same cache as with nha.slots in every layer, or --memory of it.
     `nha.full_attention_layers: auto:N` in a recipe does the same as --full N when a run begins.
     """
     from .files import write_json, write_text
@@ -65,15 +70,18 @@ def search(
         context=context,
         method=method,
         windows=windows,
+        slots=slots,
         text=text,
         teacher=teacher,
         overrides=set_,
     )
     prepare_libraries(quiet or as_json)
     from .search.find import find_windows
+    from .search.slot_counts import find_slots
     from .search.tables import markdown, render
 
-    found = find_windows(request, quiet=quiet or as_json)
+    find = find_windows if request.slots is None else find_slots
+    found = find(request, quiet=quiet or as_json)
     if out is not None:
         write_json(out / "search.json", found)
         write_text(out / "search.md", markdown(found))

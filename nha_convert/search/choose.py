@@ -16,12 +16,12 @@ class Option:
     """One thing that a layer can be.
 
     Attributes:
-        window: exact tokens; None is full attention.
+        value: its window, None for full attention; or its slots, where those are chosen.
         size: bytes of its cache.
         loss: what the layer loses so; 0 or more is usual, full attention has 0.
     """
 
-    window: int | None
+    value: int | None
     size: int
     loss: float
 
@@ -85,7 +85,7 @@ def within_budget(layers: Mapping[int, Sequence[Option]], budget: int) -> dict[i
     if left < 0:
         raise InputError(
             f"--memory: the smallest windows take {budget - left} bytes of cache, the budget is {budget}; raise it, "
-            "or give smaller ones with --windows or nha.slots"
+            "or give smaller ones with --windows, --slots or nha.slots"
         )
     for layer, small, large in upgrades(layers):
         if state[layer] == small and large.size - small.size <= left:

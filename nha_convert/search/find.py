@@ -150,7 +150,7 @@ def _points(
     measure: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """The states with their bytes, their share of full attention's cache, their losses and their KL."""
-    arrangements = [{layer: option.window for layer, option in state.items()} for _, state in states]
+    arrangements = [{layer: option.value for layer, option in state.items()} for _, state in states]
     kls = divergences(model, text, arrangements, **measure)
     whole, beside = _full_bytes(request), _beside(request)
     points = []

@@ -36,8 +36,10 @@ class SearchRequest:
         method: of `SEARCH_METHODS`.
         windows: layer -> windows to try beside full attention, equally many for each.
         full: layers to keep full; None leaves it to `memory`.
-        memory: share of the cache of a model with full attention everywhere; None makes no choice.
+        memory: share of the cache of a model with full attention everywhere; None makes no choice, or, with `slots`,
+            one of the cache that the recipe's own slots take.
         context: tokens at which caches are compared.
+        slots: counts of slots to choose among, ascending; None chooses windows.
     """
 
     target: str
@@ -50,6 +52,7 @@ class SearchRequest:
     full: int | None
     memory: float | None
     context: int
+    slots: tuple[int, ...] | None = None
 
 
 def search_request(
@@ -60,6 +63,7 @@ def search_request(
     context: int = CONTEXT,
     method: str | None = None,
     windows: str | None = None,
+    slots: str | None = None,
     text: str | None = None,
     teacher: str | None = None,
     overrides: list[str] | None = None,
@@ -70,6 +74,7 @@ def search_request(
         target: recipe, model, checkpoint folder or run folder.
         memory: such as `25%`.
         windows: such as `64,256,full`.
+        slots: such as `16,64,256`.
         text: replaces the recipe's sources.
         overrides: `--set`.
     Raises:
@@ -84,6 +89,7 @@ def search_request(
             "layer: give one of the two"
         )
     share = None if memory is None else _share(memory)
+    counts = None if slots is None else _counts(slots, full, windows, method)
     checkpoint = _checkpoint(target)
     if teacher is not None and checkpoint is None:
         raise InputError(f"--teacher {teacher}: {target} is no NHA checkpoint; a base model is compared with itself")
@@ -96,14 +102,33 @@ def search_request(
         config = config | {"model_type": str(config["model_type"]).removeprefix("nha_")}
     sizes = dimensions_of(model, config)
     length = min(recipe.search.sequence_length or recipe.evaluate.sequence_length, sizes.context)
+    if counts is not None and checkpoint is not None:
+        raise InputError(f"--slots {slots}: {target} is finished, and its slots are what its gates were trained with")
+    if counts is not None and recipe.nha.auto is not None:
+        raise InputError(
+            f"--slots {slots}: nha.full_attention_layers is {recipe.nha.full_attention_layers}; choose these layers "
+            "first (--full N) and name them with --set"
+        )
     own = _own_windows(recipe, sizes, config.get("nha_windows"))
     if full is not None and full > len(own):
         raise InputError(f"--full: {full} layers are to stay full, but {target} has {len(own)} to choose among")
-    tried = own if full is not None else dict.fromkeys(own, _windows(windows, length, recipe.nha.sinks))
+    as_it_is = full is not None or counts is not None
+    tried = own if as_it_is else dict.fromkeys(own, _windows(windows, length, recipe.nha.sinks))
     for window in {window for choices in tried.values() for window in choices}:
         _check_reach(model, config, list(tried), window, sizes.layers)
-    found = {"method": method or DEFAULT_METHOD, "windows": tried, "full": full, "memory": share, "context": context}
-    return SearchRequest(target, recipe, checkpoint, teacher, sizes, **found)  # type: ignore[arg-type]
+    return SearchRequest(
+        target=target,
+        recipe=recipe,
+        checkpoint=checkpoint,
+        teacher=teacher,
+        sizes=sizes,
+        method=method or DEFAULT_METHOD,
+        windows=tried,
+        full=full,
+        memory=share,
+        context=context,
+        slots=counts,
+    )
 
 
 def check_swap_text(recipe: Recipe, model: str, text: str | None) -> Recipe:
@@ -211,6 +236,20 @@ def _windows(named: str | None, length: int, sinks: int) -> list[int]:
             "measured of it; raise search.sequence_length or leave it out"
         )
     return numbers
+
+
+def _counts(named: str, full: int | None, windows: str | None, method: str | None) -> tuple[int, ...]:
+    """Counts of slots to try, ascending."""
+    if full is not None or windows is not None:
+        other = "--full" if full is not None else "--windows"
+        raise InputError(f"--slots {named}: chooses slots with windows as they are; leave {other} out")
+    if method == "attention":
+        raise InputError("--method: attention looks at the teacher alone, not at slots; leave it out or take another")
+    parts = [part.strip() for part in named.strip("[] ").split(",")]
+    numbers = sorted({int(part) for part in parts if part.isdigit()})
+    if len(numbers) < 2 or numbers[0] < 1 or not all(part.isdigit() for part in parts):
+        raise InputError(f"--slots: at least two numbers such as 16,64,256 are needed, found {named!r}")
+    return tuple(numbers)
 
 
 def _check_reach(model: str, config: dict[str, object], layers: list[int], window: int, count: int) -> None:

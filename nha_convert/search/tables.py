@@ -18,18 +18,25 @@ UNITS = {
 }
 
 
+def chooses_slots(found: dict[str, Any]) -> bool:
+    """Whether a search was for counts of slots, and not for windows."""
+    return "slots" in found["curve"][0]
+
+
 def score_rows(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the losses by layer."""
     layers = found["losses"]
     columns = len(next(iter(layers.values())))
     same = len({tuple(row) for row in layers.values()}) == 1
-    header = [f"window {window}" for window in next(iter(layers.values()))] if same else ["own window"] * columns
+    word = "slots" if chooses_slots(found) else "window"
+    header = [f"{word} {choice}" for choice in next(iter(layers.values()))] if same else ["own window"] * columns
     return ["layer", *header], [[layer, *(f"{loss:.4g}" for loss in row.values())] for layer, row in layers.items()]
 
 
 def curve_rows(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the choice and the curve."""
     points = ([found["choice"]] if found["choice"] else []) + found["curve"]
+    what = "slots" if chooses_slots(found) else "windows"
     rows = [
         [
             point["choice"],
@@ -37,11 +44,11 @@ def curve_rows(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             f"{100 * point['share']:.1f} %",
             f"{point['loss']:.4g}",
             f"{point['kl']:.4g}",
-            runs(point["windows"]),
+            runs(["full" if choice is None else choice for choice in point[what]]),
         ]
         for point in points
     ]
-    return ["choice", "cache", "of full", "sum of losses", "KL of all", "windows"], rows
+    return ["choice", "cache", "of full", "sum of losses", "KL of all", what], rows
 
 
 def runs(windows: list[int | str]) -> str:
@@ -58,6 +65,8 @@ def runs(windows: list[int | str]) -> str:
 def heading(found: dict[str, Any]) -> str:
     kind = "finished model" if found["finished"] else "base model"
     slots = "slots hidden" if found["branch"] == "window" else "slots as they are"
+    if chooses_slots(found):
+        slots = "gates started from text, untrained"
     return (
         f"{found['target']} ({kind}), {found['tokens']} tokens in rows of {found['sequence_length']}, "
         f"seed {found['seed']}, {slots}"
@@ -94,7 +103,7 @@ def render(found: dict[str, Any]) -> Group:
     for title, (header, rows) in zip(titles(found), (score_rows(found), curve_rows(found))):
         table = Table()
         for column in header:
-            table.add_column(column, justify="left" if column in ("layer", "choice", "windows") else "right")
+            table.add_column(column, justify="left" if column in ("layer", "choice", "windows", "slots") else "right")
         for row in rows:
             table.add_row(*row, style="bold" if row[0] == "chosen" else None)
         parts += [Text(title, style="italic"), table]

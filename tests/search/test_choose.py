@@ -69,7 +69,7 @@ def test_full_or_not_is_chosen_as_well_as_can_be(seed: int, full: int) -> None:
     chosen = within_budget(layers, 4 * SIZES[0] + full * (SIZES[-1] - SIZES[0]))
     assert loss_of(chosen) == pytest.approx(best(layers, size_of(chosen)))
     needy = neediest({layer: options[0].loss for layer, options in layers.items()}, full)
-    assert [layer for layer, option in chosen.items() if option.window is None] == needy
+    assert [layer for layer, option in chosen.items() if option.value is None] == needy
 
 
 def test_greedy_is_not_always_the_best() -> None:
@@ -94,7 +94,7 @@ def test_options_that_cost_more_and_save_nothing_are_never_taken() -> None:
 
 def test_a_layer_that_gains_from_its_window_keeps_it() -> None:
     """A negative loss: the layer is better than full attention as it is, and more bytes are no use."""
-    assert within_budget({0: [Option(8, 1, -0.1), Option(None, 5, 0.0)]}, 10)[0].window == 8
+    assert within_budget({0: [Option(8, 1, -0.1), Option(None, 5, 0.0)]}, 10)[0].value == 8
 
 
 def test_the_path_goes_from_the_smallest_to_the_least_loss() -> None:

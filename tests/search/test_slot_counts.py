@@ -1,0 +1,90 @@
+"""`search --slots`: layers share out slots by what each gains, for the same cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from needy import LAYERS, small_recipe
+from typer.testing import CliRunner
+
+from nha_convert.app import app
+from nha_convert.errors import InputError
+from nha_convert.recipe import dump_recipe, load_recipe
+from nha_convert.search.request import search_request
+from nha_convert.search.slot_counts import find_slots
+from nha_convert.search.tables import markdown
+
+
+@pytest.fixture
+def recipe_file(needy_model: Path, words: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(dump_recipe(small_recipe(needy_model, words, "nha.full_attention_layers=[]")))
+    return path
+
+
+def ask(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["search", *arguments])
+
+
+def test_slots_are_shared_out(recipe_file: Path, tmp_path: Path) -> None:
+    result = ask(str(recipe_file), "--slots", "16,2,4", "--json", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    choice = found["choice"]
+    assert set(choice["slots"]) <= {2, 4, 16}
+    assert len(set(choice["slots"])) > 1, "layers do not gain alike"
+    uniform = {point["choice"]: point for point in found["curve"]}
+    assert list(uniform) == ["2 each", "4 each", "16 each"]
+    assert uniform["4 each"]["slots"] == [4] * LAYERS
+    assert uniform["4 each"]["bytes"] < choice["bytes"] < uniform["16 each"]["bytes"], "eight each is the budget"
+    assert choice["loss"] < uniform["4 each"]["loss"]
+    assert choice["loss"] == pytest.approx(
+        sum(found["losses"][str(layer)][str(count)] for layer, count in enumerate(choice["slots"]))
+    )
+    assert all(point["kl"] > 0 for point in uniform.values())
+    assert json.loads((tmp_path / "out" / "search.json").read_text()) == found
+    page = (tmp_path / "out" / "search.md").read_text()
+    assert page == markdown(found)
+    assert "| layer | slots 2 | slots 4 | slots 16 |" in page and "gates started from text, untrained" in page
+    slots = load_recipe(str(recipe_file), [found["setting"]]).nha.slots
+    assert slots == choice["slots"]
+
+
+def test_the_same_cache_as_the_recipes_own_slots(recipe_file: Path) -> None:
+    request = search_request(str(recipe_file), slots="2,8,32", method="alignment")
+    found = find_slots(request)
+    sizes, nha = request.sizes, request.recipe.nha
+    assert found["choice"]["bytes"] <= LAYERS * sizes.nha_cache_bytes(nha, 8, 8, 4)
+    assert found["method"] == "alignment"
+
+
+def test_a_budget_and_a_layer_that_stays_full(recipe_file: Path) -> None:
+    options: dict[str, Any] = {"slots": "2,16", "context": 1000, "overrides": ["nha.full_attention_layers=[0]"]}
+    found = find_slots(search_request(str(recipe_file), memory="100%", **options))
+    least = {int(layer): int(min(row, key=row.get)) for layer, row in found["losses"].items()}  # nothing limits it
+    assert found["choice"]["slots"] == [None, least[1], least[2], least[3]]
+    assert found["setting"] == f"nha.slots=[8,{least[1]},{least[2]},{least[3]}]"
+    assert set(found["losses"]) == {"1", "2", "3"}
+    assert "| full, 16 x3 |" in markdown(found), "16 each"
+    with pytest.raises(InputError, match="the smallest windows take .* --slots"):
+        find_slots(search_request(str(recipe_file), memory="30%", **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"slots": "8"}, "at least two numbers such as 16,64,256 are needed, found '8'"),
+        ({"slots": "8,full"}, "at least two numbers .* found '8,full'"),
+        ({"slots": "0,8"}, "at least two numbers"),
+        ({"slots": "8,16", "full": 1}, "--slots 8,16: chooses slots with windows as they are; leave --full out"),
+        ({"slots": "8,16", "windows": "8"}, "leave --windows out"),
+        ({"slots": "8,16", "method": "attention"}, "attention looks at the teacher alone"),
+        ({"slots": "8,16", "overrides": ["nha.full_attention_layers=auto:1"]}, "choose these layers first"),
+    ],
+)
+def test_refusals_of_slots(options: dict[str, Any], said: str, recipe_file: Path) -> None:
+    with pytest.raises(InputError, match=said):
+        search_request(str(recipe_file), **options)
