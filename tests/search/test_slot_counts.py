@@ -70,7 +70,7 @@ def test_a_budget_and_a_layer_that_stays_full(recipe_file: Path) -> None:
     assert set(found["losses"]) == {"1", "2", "3"}
     assert "| full, 16 x3 |" in markdown(found), "16 each"
     with pytest.raises(InputError, match="the smallest windows take .* --slots"):
-        find_slots(search_request(str(recipe_file), memory="30%", **options))
+        find_slots(search_request(str(recipe_file), memory="25.5%", **options))
 
 
 @pytest.mark.parametrize(
