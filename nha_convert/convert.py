@@ -70,7 +70,7 @@ def load_student(
 ) -> Any:
     """Load a base model as a student: its own tensors, plus initialised gates.
 
-    Gates that start from text (`gate_init.NEEDS_TEXT`) are as `horizons` makes them, until `calibrate_gates`.
+    Gates that start from text (`settings_types.NEEDS_TEXT`) are as `horizons` makes them, until `calibrate_gates`.
 
     Args:
         model: folder of the base model.

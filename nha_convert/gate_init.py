@@ -14,10 +14,9 @@ from torch import nn
 
 from .errors import InputError
 from .modeling.attention_nha import nha_layers
+from .settings_types import NEEDS_TEXT
 
 METHODS = ("key", "spread", "zero", "horizons", "clusters", "calibrated", "attended")
-NEEDS_TEXT = ("clusters", "calibrated", "attended")
-"""Methods that look at what the layers see: the model has to be in memory and to run."""
 Horizons = tuple[float, float]
 """Shortest and longest horizon, in tokens."""
 SHORTEST_HORIZON, LONGEST_HORIZON = 8.0, 2000.0  # tokens

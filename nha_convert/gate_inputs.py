@@ -15,17 +15,14 @@ from .errors import InputError
 from .far_attention import attention_by_distance, own_windows, received_attention
 from .gate_attended import POWER, attended_gates, coherence
 from .gate_calibration import GateStart, LayerInputs, calibrated, cluster_gates
-from .gate_init import NEEDS_TEXT, layer_horizons, layer_seed
+from .gate_init import layer_horizons, layer_seed
 from .modeling.attention_nha import nha_layers, teacher_mode
 from .recipe import Recipe
 from .settings import NHASettings
+from .settings_types import NEEDS_TEXT, calibration_rows
 
 GATES = "gates.safetensors"
 """In a run folder: the gates as they start, where they start from text."""
-CLUSTER_SEQUENCES = 32
-"""Training rows whose tokens are clustered, at most."""
-CLUSTER_TOKENS = 32_768
-"""Their tokens, at most, beyond one row."""
 SEARCH_SEQUENCES = 4
 """The first of them, against which gates are scaled."""
 
@@ -35,12 +32,12 @@ def calibration_ids(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, quiet
 
     Returns:
         int64 [N, T]: windows of the stage's length, or of `evaluate.sequence_length` where nothing is trained; N is
-        `CLUSTER_SEQUENCES`, or fewer where those have more than `CLUSTER_TOKENS` tokens.
+        `calibration_rows`.
     Raises:
         InputError, WorkError: as `training_dataset`.
     """
     length = recipe.training_length or recipe.evaluate.sequence_length
-    count = max(1, min(CLUSTER_SEQUENCES, CLUSTER_TOKENS // length))
+    count = calibration_rows(length)
     stage: dict[str, Any] = {"kind": "align", "tokens": count * length, "sequence_length": length}
     if recipe.stages:
         stage = recipe.stages[0].model_dump()

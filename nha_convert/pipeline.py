@@ -29,7 +29,6 @@ from .devices import find_device, input_device, world_of
 from .errors import InputError, WorkError
 from .evaluate.suite import evaluate_student, evaluate_teacher
 from .files import write_json, write_text
-from .gate_init import NEEDS_TEXT
 from .gate_inputs import GATES, calibrate_gates, calibration_ids
 from .gpus import find_machine
 from .plan import make_plan
@@ -42,6 +41,7 @@ from .publish.verify import verify_checkpoint
 from .recipe import Recipe, dump_recipe
 from .report import write_report
 from .search.auto import choose_for_run
+from .settings_types import NEEDS_TEXT
 from .streamed import is_streamed, load_streamed
 from .train import run_stage
 from .train.batches import plan_batches

@@ -14,6 +14,7 @@ from .families import FAMILIES
 from .gpus import SHARE, Machine
 from .model_files import check_family, check_windows, read_config
 from .plan_fit import fit
+from .plan_start import gates_start
 from .quantities import count, size
 from .recipe import NHASettings, Recipe
 from .weights.config_check import size_problems
@@ -191,9 +192,10 @@ def make_plan(recipe: Recipe, cost: Cost, time: Time | None = None, machine: Mac
         time: how long it takes, `plan_time.stage_time`.
         machine: what it runs on; given with `time` or not at all.
     Returns:
-        {"model", "output", "layers": [row], "parameters", "stages": [row], "cache": [row per context],
-        "notes": [text]}; bytes for one sequence, plain ints. With `machine` also {"gpu", "hours"}, and in each stage
-        `training_flops`, `hours` and `hours_of` its parts, and `fits`, whether its memory fits one GPU.
+        {"model", "output", "layers": [row], "parameters", "gates_start" (`plan_start.gates_start`), "stages": [row],
+        "cache": [row per context], "notes": [text]}; bytes for one sequence, plain ints. With `machine` also
+        {"gpu", "hours"}, and in each stage `training_flops`, `hours` and `hours_of` its parts, and `fits`, whether its
+        memory fits one GPU.
     Raises:
         InputError: the model cannot be found or does not fit the settings, or a stage not the GPUs.
     """
@@ -226,6 +228,7 @@ def make_plan(recipe: Recipe, cost: Cost, time: Time | None = None, machine: Mac
             for layer, window in enumerate(windows)
         ],
         "parameters": {"model": sizes.parameters, "new": new},
+        "gates_start": gates_start(recipe, sizes),
         "stages": [_stage(recipe, index, sizes, cost(recipe, index)) | times[index] for index in stages],
         "cache": [_cache(sizes, nha, windows, element, tokens) for tokens in _contexts(sizes.context)],
         "notes": _to_be_chosen(chosen) + _notes(recipe, windows, runs, gates),

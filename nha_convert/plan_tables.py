@@ -19,6 +19,10 @@ def render_plan(plan: dict[str, Any]) -> Group:
     share = 100 * counts["new"] / counts["model"]
     head = Text(f"{plan['model']} ({plan['family']}, {plan['dtype']}) -> {plan['output']}", style="bold")
     facts = Text(f"{count(counts['model'])} parameters of the model, {count(counts['new'])} new ones ({share:.2f} %)")
+    start = plan["gates_start"]
+    if start is not None:
+        text = f"; gates start `{start['method']}` from {count(start['tokens'])} tokens"
+        facts.append(f"{text} ({start['flops'] / 1e15:.2g} PFLOP before the first stage)")
     notes = [Text(f"note: {note}") for note in plan["notes"]]
     return Group(head, facts, _layer_table(plan), *_stage_table(plan), *_hours(plan), _cache_table(plan), *notes)
 

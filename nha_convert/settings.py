@@ -14,6 +14,7 @@ from .errors import InputError
 from .settings_types import (
     AUTO,
     DEFAULT_METHOD,
+    NEEDS_TEXT,
     Count,
     CountFromZero,
     FullLayers,
@@ -325,7 +326,7 @@ class Recipe(Settings):
             raise ValueError(f"{where} with runtime.engine fsdp2, which spreads layers over processes; remove one")
         if not any(self.by_layer(index) for index in range(len(self.stages))):
             raise ValueError(f"{where}, but no stage is of kind align, which alone can be trained so; remove it")
-        if self.by_layer(0) and self.nha.gate_init in ("clusters", "calibrated", "attended"):
+        if self.by_layer(0) and self.nha.gate_init in NEEDS_TEXT:
             raise ValueError(
                 f"{where}, and nha.gate_init {self.nha.gate_init} needs the whole model in memory; set nha.gate_init "
                 "to horizons, spread, key or zero, or remove runtime.layers_at_once"

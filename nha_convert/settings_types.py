@@ -109,6 +109,19 @@ def size_text(value: Any) -> str:
     raise ValueError(f"a size such as 500MB or 5GB is needed, found {value!r}")
 
 
+NEEDS_TEXT = ("clusters", "calibrated", "attended")
+"""Starts of gates that look at what the layers see: the model has to be in memory and to run."""
+CLUSTER_SEQUENCES = 32
+"""Rows of text whose tokens such a start looks at, at most."""
+CLUSTER_TOKENS = 32_768
+"""Their tokens, at most, beyond one row."""
+
+
+def calibration_rows(length: int) -> int:
+    """Rows of so many tokens that gates start from."""
+    return max(1, min(CLUSTER_SEQUENCES, CLUSTER_TOKENS // length))
+
+
 Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
 CountFromZero = Annotated[int, BeforeValidator(_number), Field(ge=0)]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]

@@ -13,10 +13,8 @@ from nha_convert.convert import load_student, new_parameter_names
 from nha_convert.errors import InputError
 from nha_convert.gate_attended import attended_gates, coherence
 from nha_convert.gate_calibration import GateStart, LayerInputs, calibrated, cluster_gates, k_means, output_error
-from nha_convert.gate_init import METHODS, NEEDS_TEXT
+from nha_convert.gate_init import METHODS
 from nha_convert.gate_inputs import (
-    CLUSTER_SEQUENCES,
-    CLUSTER_TOKENS,
     GATES,
     calibrate_gates,
     calibration_ids,
@@ -26,6 +24,7 @@ from nha_convert.modeling.attention_nha import nha_layers, teacher_mode
 from nha_convert.pipeline import Job
 from nha_convert.recipe import Recipe
 from nha_convert.settings import NHASettings
+from nha_convert.settings_types import CLUSTER_SEQUENCES, CLUSTER_TOKENS, NEEDS_TEXT
 from nha_convert.streamed import load_streamed
 from nha_convert.swap import swap_checkpoint
 from nha_convert.train.engine import Engine

@@ -33,6 +33,7 @@ BASE = {
     "nha_convert.plan",
     "nha_convert.quantities",
     "nha_convert.plan_fit",
+    "nha_convert.plan_start",
     "nha_convert.plan_tables",
     "nha_convert.gpus",
     "nha_convert.corpus",

@@ -98,7 +98,22 @@ def test_plan_of_the_whole(pico_llama: Path) -> None:
     console.print(render_plan(plan))
     shown = console.export_text()
     assert "align" in shown and "2 x 64" in shown
+    assert "gates start `attended` from 2.05k tokens" in shown.replace("\n", " ")
     assert "on 2 x H200: an estimate, from 50 %" in shown.replace("\n", " ")
+
+
+def test_plan_of_the_start_of_gates(pico_llama: Path) -> None:
+    """A pass of the model, and regressions for every slot: twice the slots, twice the regressions."""
+    recipe = recipe_of(pico_llama)
+    assert recipe.nha.gate_init == "attended"
+    start = make_plan(recipe, nothing)["gates_start"]
+    assert (start["method"], start["tokens"]) == ("attended", 32 * 64)
+    one_pass = make_plan(recipe_of(pico_llama, "nha.gate_init=clusters"), nothing)["gates_start"]["flops"]
+    assert one_pass == 2 * model_dimensions(str(pico_llama)).active_parameters * 32 * 64
+    twice = make_plan(recipe_of(pico_llama, "nha.slots=32"), nothing)["gates_start"]["flops"]
+    assert twice - one_pass == 2 * (start["flops"] - one_pass) > 0
+    for override in ("nha.gate_init=spread", "nha.full_attention_layers=[0, 1]"):
+        assert make_plan(recipe_of(pico_llama, override), nothing)["gates_start"] is None
 
 
 def test_plan_warns_where_the_slots_would_see_nothing(pico_llama: Path) -> None:

@@ -36,10 +36,11 @@ from nha_convert.convert import load_student  # noqa: E402
 from nha_convert.data import held_out_tokens, recall_filler  # noqa: E402
 from nha_convert.evaluate.suite import evaluate_student, evaluate_teacher  # noqa: E402
 from nha_convert.files import write_json, write_text  # noqa: E402
-from nha_convert.gate_init import METHODS, NEEDS_TEXT  # noqa: E402
+from nha_convert.gate_init import METHODS  # noqa: E402
 from nha_convert.gate_inputs import calibrate_gates, calibration_ids  # noqa: E402
 from nha_convert.model_source import resolve_model  # noqa: E402
 from nha_convert.recipe import Recipe, load_recipe  # noqa: E402
+from nha_convert.settings_types import NEEDS_TEXT  # noqa: E402
 from nha_convert.train import run_stage  # noqa: E402
 
 OUT = ROOT / "docs" / "studies" / "gate-init"

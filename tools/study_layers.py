@@ -34,7 +34,6 @@ from nha_convert.data import held_out_tokens, recall_filler  # noqa: E402
 from nha_convert.evaluate.recall import wilson_interval  # noqa: E402
 from nha_convert.evaluate.suite import evaluate_student, evaluate_teacher  # noqa: E402
 from nha_convert.files import write_json, write_text  # noqa: E402
-from nha_convert.gate_init import NEEDS_TEXT  # noqa: E402
 from nha_convert.gate_inputs import calibrate_gates, calibration_ids  # noqa: E402
 from nha_convert.model_source import resolve_model  # noqa: E402
 from nha_convert.recipe import Recipe, load_recipe  # noqa: E402
@@ -43,7 +42,7 @@ from nha_convert.search.choose import neediest  # noqa: E402
 from nha_convert.search.record import naming  # noqa: E402
 from nha_convert.search.scores import layer_losses  # noqa: E402
 from nha_convert.search.tables import table  # noqa: E402
-from nha_convert.settings_types import DEFAULT_METHOD, SEARCH_METHODS  # noqa: E402
+from nha_convert.settings_types import DEFAULT_METHOD, NEEDS_TEXT, SEARCH_METHODS  # noqa: E402
 from nha_convert.train import run_stage  # noqa: E402
 
 Choice = tuple[int, ...]

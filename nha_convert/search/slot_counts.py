@@ -10,11 +10,11 @@ from transformers import AutoTokenizer
 
 from ..convert import load_student
 from ..devices import find_device
-from ..gate_init import NEEDS_TEXT
 from ..gate_inputs import calibrate_gates, calibration_ids
 from ..model_source import resolve_model
 from ..plan import BYTES
 from ..recipe import NHASettings
+from ..settings_types import NEEDS_TEXT
 from .calibration import Calibration, calibration_text
 from .choose import Option, loss_of, size_of, within_budget
 from .request import SearchRequest

@@ -1,0 +1,38 @@
+"""What it costs to start gates from text, before the first stage. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .recipe import Recipe
+from .settings_types import NEEDS_TEXT, calibration_rows
+
+if TYPE_CHECKING:
+    from .plan import Dimensions
+
+EVALUATIONS = 75
+"""Of the regressions' loss and gradient: `gate_attended.FIT_STEPS`, and a quarter more for line searches."""
+
+
+def gates_start(recipe: Recipe, sizes: Dimensions) -> dict[str, Any] | None:
+    """Text and FLOPs of the start of gates.
+
+    The pass of the model, and with `attended` the regressions of all slots. Clusters and the search against the
+    layers' outputs, over a few rows, are not counted.
+
+    Args:
+        recipe: whose full layers are named.
+    Returns:
+        {"method", "tokens", "flops"}; None where gates start without text.
+    """
+    nha = recipe.nha
+    windows = nha.windows(sizes.layers)
+    if nha.gate_init not in NEEDS_TEXT or not any(window is not None for window in windows):
+        return None
+    length = recipe.training_length or recipe.evaluate.sequence_length
+    tokens = calibration_rows(length) * length
+    flops = 2 * sizes.active_parameters * tokens
+    if nha.gate_init == "attended":
+        slots = sum(own for window, own in zip(windows, nha.slots_by_layer(sizes.layers)) if window is not None)
+        flops += 4 * tokens * sizes.hidden * sizes.groups * slots * EVALUATIONS
+    return {"method": nha.gate_init, "tokens": tokens, "flops": flops}
