@@ -9,7 +9,7 @@ from op_cases import EXACT, FLOAT, assert_close, run
 FORWARD, GRADIENT = 2e-6, 1e-5  # of the largest entry, fp32 against fp64: the issue's numbers
 
 
-def check(x: dict[str, torch.Tensor], tau: float = 8.0, state: NHAState | None = None, **options) -> None:
+def assert_exact(x: dict[str, torch.Tensor], tau: float = 8.0, state: NHAState | None = None, **options) -> None:
     """Every output, final state and gradient of the Triton path in fp32 against the fp64 recurrence."""
     want = run(x, EXACT, tau, state, backend="reference", **options)
     got = run(x, FLOAT, tau, state, backend="triton", **options)
