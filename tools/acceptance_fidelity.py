@@ -89,22 +89,23 @@ def _layer_studies() -> dict[str, Any]:
     "NLL within 1 %, recall >= 0.95 of the teacher's at every distance <= 16 W",
 )
 def quarter() -> dict[str, Any]:
-    parts, studies = [], _layer_studies()
-    met = len(studies) >= 2
-    for teacher, found in studies.items():
-        seeds = found["seeds"]
-        change = mean(_choice(seed, CHOSEN)["nll"] / seed["results"]["teacher"]["nll"] - 1 for seed in seeds)
-        distances = _recall(seeds[0]["results"]["teacher"])
+    rows, parts = study("quarter"), []
+    teachers = list(dict.fromkeys(row["teacher"] for row in rows))
+    met = len(teachers) >= 2
+    for teacher in teachers:
+        own = [row for row in rows if row["teacher"] == teacher]
+        change = mean(row["final"]["nll"] / row["base"]["nll"] - 1 for row in own)
         ratios = {
-            distance: sum(_recall(_choice(seed, CHOSEN))[distance] for seed in seeds)
-            / max(sum(_recall(seed["results"]["teacher"])[distance] for seed in seeds), 1e-9)
-            for distance in distances
+            distance: sum(row["final"]["recall"][distance][0] for row in own)
+            / max(sum(row["base"]["recall"][distance][0] for row in own), 1e-9)
+            for distance in own[0]["base"]["recall"]
         }
         met = met and abs(change) <= 0.01 and min(ratios.values()) >= 0.95
         shares = ", ".join(f"{distance}: {ratio:.2f}" for distance, ratio in ratios.items())
+        seeds = ", ".join(str(row["seed"]) for row in own)
         parts.append(
-            f"{teacher}, {found['settings']['full']} full, {found['settings']['tokens']} tokens, seeds "
-            f"{', '.join(str(seed['seed']) for seed in seeds)}: NLL {100 * change:+.2f} %, recall / teacher's {shares}"
+            f"{teacher}, {len(own[0]['full'])} of {own[0]['layers']} layers full, seeds {seeds}: NLL "
+            f"{100 * change:+.2f} %, recall / teacher's {shares}"
         )
     return {"measured": "; ".join(parts), "met": met}
 

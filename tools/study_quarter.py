@@ -1,0 +1,105 @@
+"""A conversion that keeps one layer in four full, chosen by `auto`, on two teachers, into docs/studies/quarter.*
+
+    python tools/study_quarter.py --work DIR                     both teachers, seed 0 (half an hour on one core)
+    python tools/study_quarter.py --work DIR --only qwen3 --seed 1
+    python tools/study_quarter.py                                only writes the table of what was measured
+
+Each run is the recipe `demo` on one core, with `auto:N`, its teacher, a seed, and 128 recall prompts per distance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from nha_convert.files import write_json, write_text  # noqa: E402
+from nha_convert.plan import model_dimensions  # noqa: E402
+from tools.study_memory import TEACHERS, command  # noqa: E402
+
+OUT = ROOT / "docs" / "studies" / "quarter"
+PROMPTS = 128
+
+
+def measure(teacher: str, seed: int, work: Path) -> dict[str, Any]:
+    """One run, and what is kept of its eval.json."""
+    folder = work / f"{teacher}-{seed}"
+    layers = model_dimensions(TEACHERS[teacher]).layers
+    settings = {
+        "model": TEACHERS[teacher],
+        "seed": seed,
+        "nha.full_attention_layers": f"auto:{layers // 4}",
+        "evaluate.recall_prompts": PROMPTS,
+        "evaluate.benchmark": "false",
+        "runtime.threads": 1,
+    }
+    changes = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    resumed = ["--resume"] if (folder / "recipe.yaml").exists() else []
+    command("run", "demo", "--out", str(folder), *changes, *resumed)
+    evaluation = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    chosen = json.loads((folder / "search.json").read_text(encoding="utf-8"))["full_attention_layers"]
+    row: dict[str, Any] = {"teacher": teacher, "seed": seed, "layers": layers, "full": chosen, "window": 64}
+    for name in ("teacher", "final"):
+        measured = evaluation[name]
+        cells = measured["recall"].items()
+        recall = {distance: [cell["exact_match"], cell["low"], cell["high"]] for distance, cell in cells}
+        row["base" if name == "teacher" else name] = {"nll": measured["nll"], "recall": recall}
+    row["final"]["nll_above_teacher"] = evaluation["final"]["intervals"]["nll_above_teacher"]
+    return row
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """docs/studies/quarter.md."""
+    distances = [int(distance) for distance in rows[0]["final"]["recall"]] if rows else []
+    head = ["teacher", "seed", "full layers", "NLL against the teacher's (95 %)"]
+    head += [f"recall at {distance}: teacher, student" for distance in distances]
+    lines = [
+        "# One layer in four full",
+        "",
+        "Written by `python tools/study_quarter.py --work DIR`: the recipe `demo` (W 64, M 64, 400k tokens of "
+        f"alignment, 200k of distillation) with the layer that `auto` chooses; {PROMPTS} prompts per distance, 95 % "
+        "Wilson intervals; of the NLL, a bootstrap over windows.",
+        "",
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
+    ]
+    for row in rows:
+        change, *between = (
+            100 * value / row["base"]["nll"]
+            for value in (row["final"]["nll"] - row["base"]["nll"], *row["final"]["nll_above_teacher"])
+        )
+        cells = [row["teacher"], str(row["seed"]), f"{row['full']} of {row['layers']}"]
+        cells.append(f"{change:+.2f} % ({between[0]:+.2f} to {between[1]:+.2f})")
+        for distance in map(str, distances):
+            base, final = row["base"]["recall"][distance], row["final"]["recall"][distance]
+            cells.append(f"{base[0]:.2f}, {final[0]:.2f} ({final[1]:.2f} to {final[2]:.2f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="where runs are kept; left out, nothing is run")
+    parser.add_argument("--only", nargs="*", choices=list(TEACHERS))
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    path = OUT.with_suffix(".json")
+
+    def kept() -> list[dict[str, Any]]:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+    for teacher in options.only or TEACHERS if options.work else ():
+        if not any((row["teacher"], row["seed"]) == (teacher, options.seed) for row in kept()):
+            row = measure(teacher, options.seed, options.work)
+            write_json(path, [*kept(), row])
+    rows = sorted(kept(), key=lambda row: (list(TEACHERS).index(row["teacher"]), row["seed"]))
+    write_text(OUT.with_suffix(".md"), page(rows))
+
+
+if __name__ == "__main__":
+    main()
