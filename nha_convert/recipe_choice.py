@@ -1,6 +1,7 @@
 """Which shipped recipe a model takes: that of its family whose own model is nearest in size. Imports no torch.
 
-Recipes that are not here (`demo`, `align-only`, `paper-llama-3-8b`, `long-context`) are taken by name alone.
+Recipes that are not here (`demo`, `align-only`, `all-layers`, `paper-llama-3-8b`, `long-context`) are taken by name
+alone.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def test_shipped_recipe(name: str) -> None:
 
 def test_shipped_names() -> None:
     named = {"llama-3.2-1b", "llama-3.1-8b", "qwen2.5-0.5b", "qwen2.5-7b", "qwen3-0.6b", "qwen3-8b"}
-    named |= {"demo", "align-only", "long-context", "paper-llama-3-8b"}
+    named |= {"demo", "align-only", "all-layers", "long-context", "paper-llama-3-8b"}
     assert named | {one.name for one in BY_SIZE} == set(list_recipes())
     assert embedded_teacher() == recipes_folder() / "teacher"
 
