@@ -17,8 +17,8 @@ EVALUATIONS = 75
 def gates_start(recipe: Recipe, sizes: Dimensions) -> dict[str, Any] | None:
     """Text and FLOPs of the start of gates.
 
-    The pass of the model, and with `attended` the regressions of all slots. Clusters and the search against the
-    layers' outputs, over a few rows, are not counted.
+    The matrix products of one pass of the decoder, and with `attended` the regressions of all slots. Softmax attention
+    of the pass, and clusters and the search against the layers' outputs, are not counted.
 
     Args:
         recipe: whose full layers are named.
@@ -31,7 +31,8 @@ def gates_start(recipe: Recipe, sizes: Dimensions) -> dict[str, Any] | None:
         return None
     length = recipe.training_length or recipe.evaluate.sequence_length
     tokens = calibration_rows(length) * length
-    flops = 2 * sizes.active_parameters * tokens
+    head = sizes.vocabulary * sizes.hidden * (2 - sizes.tied)  # embeddings and head, which the pass has no product of
+    flops = 2 * (sizes.active_parameters - head) * tokens
     if nha.gate_init == "attended":
         slots = sum(own for window, own in zip(windows, nha.slots_by_layer(sizes.layers)) if window is not None)
         flops += 4 * tokens * sizes.hidden * sizes.groups * slots * EVALUATIONS

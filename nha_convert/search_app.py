@@ -54,8 +54,8 @@ def search(
     nha-convert search align-only --slots 16,32,64,128,160
 
     Prints a table of losses, the choice, a curve of quality against cache memory, and the --set line to use. On a
-    finished model it searches windows at inference, without retraining. --slots shares out the slots of a conversion:
-    the same cache as with nha.slots in every layer, or --memory of it.
+    finished model it searches windows at inference, without retraining. --slots shares out the slots of a conversion
+    by layer: within the cache that nha.slots takes, or --memory, a share of full attention everywhere at --context.
     `nha.full_attention_layers: auto:N` in a recipe does the same as --full N when a run begins.
     """
     from .files import write_json, write_text

@@ -13,11 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nha_convert.convert import nha_config
 from nha_convert.errors import InputError
+from nha_convert.gate_attended import FIT_STEPS
 from nha_convert.gpus import GPUS, SHARE, Machine, find_machine
 from nha_convert.modeling.attention_nha import nha_layers
 from nha_convert.plan import dimensions_of, make_plan, model_dimensions
 from nha_convert.plan_fit import per_process
 from nha_convert.plan_memory import stage_cost
+from nha_convert.plan_start import EVALUATIONS
 from nha_convert.plan_tables import render_plan
 from nha_convert.plan_time import PARTS, stage_time
 from nha_convert.preflight import check_inputs, check_output, finished
@@ -109,7 +111,10 @@ def test_plan_of_the_start_of_gates(pico_llama: Path) -> None:
     start = make_plan(recipe, nothing)["gates_start"]
     assert (start["method"], start["tokens"]) == ("attended", 32 * 64)
     one_pass = make_plan(recipe_of(pico_llama, "nha.gate_init=clusters"), nothing)["gates_start"]["flops"]
-    assert one_pass == 2 * model_dimensions(str(pico_llama)).active_parameters * 32 * 64
+    decoder = AutoModelForCausalLM.from_pretrained(pico_llama).model
+    weights = sum(tensor.numel() for tensor in decoder.parameters()) - decoder.embed_tokens.weight.numel()
+    assert one_pass == 2 * weights * 32 * 64
+    assert EVALUATIONS == 5 * FIT_STEPS // 4
     twice = make_plan(recipe_of(pico_llama, "nha.slots=32"), nothing)["gates_start"]["flops"]
     assert twice - one_pass == 2 * (start["flops"] - one_pass) > 0
     for override in ("nha.gate_init=spread", "nha.full_attention_layers=[0, 1]"):

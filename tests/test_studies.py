@@ -59,12 +59,18 @@ def test_the_memory_line_reads_the_longest_run_of_each_window(studies: Path) -> 
     assert fidelity.memory()["met"] and "random" not in fidelity.memory()["measured"]
     (studies / "memory.json").write_text(json.dumps([*rows, *longer[1:]]))
     assert not fidelity.memory()["met"]
+    for seeds in ([*longer, {**longer[0], "seed": 1}], [{**longer[0], "seed": 1}, *longer]):
+        seeds[0] = {**seeds[0], "final": {**seeds[0]["final"], "recovery": 0.8}}
+        (studies / "memory.json").write_text(json.dumps(seeds))
+        assert not fidelity.memory()["met"], "every seed counts"
 
 
 def test_the_windows_line_wants_a_falling_curve(studies: Path) -> None:
     rows = [memory_row(teacher, "random", 0.9, [0.1]) for teacher in ("a", "b")]
     (studies / "memory.json").write_text(json.dumps(rows))
     assert fidelity.windows()["met"] and "full +0.25 % of the teacher's" in fidelity.windows()["measured"]
+    (studies / "memory.json").write_text(json.dumps([rows[0], {**rows[0], "protocol": "long", "tokens": 4_000_000}]))
+    assert not fidelity.windows()["met"], "one teacher, twice"
     rows[1]["at"]["256"]["nll"] = 4.0
     (studies / "memory.json").write_text(json.dumps(rows))
     assert not fidelity.windows()["met"]

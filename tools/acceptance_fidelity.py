@@ -1,7 +1,7 @@
 """Acceptance lines of fidelity: what the studies under docs/studies measured, held against their targets.
 
-The studies take an hour and more and keep their rows (`tools/study_memory.py`, `study_init.py`, `study_layers.py`);
-these lines read them and train nothing.
+The studies take an hour and more and keep their rows (`tools/study_memory.py`, `study_init.py`, `study_layers.py`,
+`study_quarter.py`); these lines read them and train nothing.
 """
 
 from __future__ import annotations
@@ -26,26 +26,32 @@ def study(name: str) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def _longest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each teacher and window the runs of most tokens, every seed of them."""
+    most: dict[tuple[str, str], int] = {}
+    for row in rows:
+        place = row["teacher"], row["window"]
+        most[place] = max(row["tokens"], most.get(place, 0))
+    return [row for row in rows if row["tokens"] == most[row["teacher"], row["window"]]]
+
+
 @line(
     "memory",
     "every layer NHA, M 64, W 32 and 64, at most 4M tokens, align + distill, two teachers",
     "memory recovery >= 0.85, and positive in every layer's own ablation",
 )
 def memory() -> dict[str, Any]:
-    longest: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in sorted(study("memory"), key=lambda row: row["tokens"]):
-        if row["window"] != "random":
-            longest[row["teacher"], row["window"]] = row
-    parts, met = [], len(longest) >= 4
-    for row in longest.values():
+    rows = _longest([row for row in study("memory") if row["window"] != "random"])
+    parts, met = [], len({(row["teacher"], row["window"]) for row in rows}) >= 4
+    for row in rows:
         low, high = row["final"]["interval"] or (math.nan, math.nan)
         positive = sum(one["nll_gain"] > 0 for one in row["layers"])
         sure = sum(bool(one["interval"]) and one["interval"][0] > 0 for one in row["layers"])
         met = met and row["final"]["recovery"] >= 0.85 and positive == len(row["layers"])
         parts.append(
-            f"{row['teacher']}, W {row['window']}, {row['protocol']}: {row['final']['recovery']:.3f} ({low:.2f} to "
-            f"{high:.2f}), {positive} of {len(row['layers'])} layers positive, {sure} surely, "
-            f"{row['tokens'] / 1e6:.2g}M tokens"
+            f"{row['teacher']}, W {row['window']}, {row['protocol']}, seed {row['seed']}: "
+            f"{row['final']['recovery']:.3f} ({low:.2f} to {high:.2f}), {positive} of {len(row['layers'])} layers "
+            f"positive, {sure} surely, {row['tokens'] / 1e6:.2g}M tokens"
         )
     return {"measured": "; ".join(parts), "met": met}
 
@@ -56,14 +62,14 @@ def memory() -> dict[str, Any]:
     "NLL monotone in W; full = the teacher within adapter drift",
 )
 def windows() -> dict[str, Any]:
-    rows = [row for row in study("memory") if "at" in row]
-    parts, met = [], len(rows) >= 2
+    rows = _longest([row for row in study("memory") if "at" in row])
+    parts, met = [], len({row["teacher"] for row in rows}) >= 2
     for row in rows:
         values = [cell["nll"] for cell in row["at"].values()]
         met = met and all(after <= before for before, after in zip(values, values[1:]))
         drift = 100 * (values[-1] / row["teacher_model"]["nll"] - 1)
         curve = ", ".join(f"{value:.4f}" for value in values)
-        parts.append(f"{row['teacher']}: {curve}; full {drift:+.2f} % of the teacher's")
+        parts.append(f"{row['teacher']}, {row['protocol']}: {curve}; full {drift:+.2f} % of the teacher's")
     return {"measured": "; ".join(parts), "met": met}
 
 

@@ -238,9 +238,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     wanted = RUNS if options.only is None else [tuple(name.split("/")) for name in options.only]
-    for run in wanted if options.work else []:
+    for run in wanted:
         if run not in RUNS:
             raise SystemExit(f"--only {'/'.join(run)} is no run; allowed: {', '.join(map('/'.join, RUNS))}")
+    for teacher, window, name in wanted if options.work else []:
+        run = teacher, window, name
         if not any((key(row), row["seed"]) == (run, options.seed) for row in measured_rows()):
             row = measure(*run, options.seed, options.work)
             write_json(OUT.with_suffix(".json"), [*measured_rows(), row])

@@ -214,7 +214,7 @@ def page(rows: list[dict[str, Any]], before: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="where unfinished runs are kept; left out, nothing is run")
+    parser.add_argument("--work", type=Path, help="where runs lie while they train; left out, nothing is run")
     parser.add_argument("--only", nargs="*", choices=list(VARIANTS), help="names of variants")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

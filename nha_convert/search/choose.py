@@ -85,7 +85,7 @@ def within_budget(layers: Mapping[int, Sequence[Option]], budget: int) -> dict[i
     if left < 0:
         raise InputError(
             f"--memory: the smallest windows take {budget - left} bytes of cache, the budget is {budget}; raise it, "
-            "or give smaller ones with --windows, --slots or nha.slots"
+            "or give smaller ones with --windows or nha.slots"
         )
     for layer, small, large in upgrades(layers):
         if state[layer] == small and large.size - small.size <= left:

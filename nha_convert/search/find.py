@@ -13,7 +13,6 @@ from ..convert import load_student
 from ..devices import find_device
 from ..errors import InputError
 from ..model_source import resolve_model
-from ..plan import BYTES
 from .auto import all_converted
 from .calibration import Calibration, calibration_text
 from .choose import Option, greedy_path, loss_of, neediest, size_of, within_budget
@@ -44,25 +43,41 @@ def find_windows(request: SearchRequest, *, quiet: bool = True) -> dict[str, Any
     text = calibration_text(recipe, tokenizer, request.sizes.context, with_recall=with_recall, quiet=quiet)
     measure = {"branch": recipe.search.branch, "teacher": teacher, "quiet": quiet}
     losses = layer_losses(request.method, model, text, request.windows, **measure)
-    options = _options(request, losses, BYTES[recipe.runtime.dtype])
+    options = _options(request, losses)
     chosen = _choice(request, options)
     states = ([("chosen", chosen)] if chosen else []) + _curve(request, options)
     points = _points(request, states, model, text, measure)
+    choice, curve = (points[0], points[1:]) if chosen else (None, points)
+    advice = setting(request, points[0]["windows"]) if chosen else None
+    return search_result(request, text, losses, choice, curve, advice, branch=recipe.search.branch)
+
+
+def search_result(
+    request: SearchRequest,
+    text: Calibration,
+    losses: Mapping[int, Mapping[int, float]],
+    choice: dict[str, Any] | None,
+    curve: list[dict[str, Any]],
+    advice: str | None,
+    *,
+    branch: str,
+) -> dict[str, Any]:
+    """What a search returns, of windows or of slots."""
     return {
         "target": request.target,
         "finished": request.checkpoint is not None,
-        "model": str(request.checkpoint or recipe.model),
+        "model": str(request.checkpoint or request.recipe.model),
         "method": request.method,
-        "branch": recipe.search.branch,
+        "branch": branch,
         "tokens": text.tokens.numel(),
         "sequence_length": text.length,
-        "seed": recipe.seed,
+        "seed": request.recipe.seed,
         "context": request.context,
-        "full_bytes": _full_bytes(request),
-        "losses": {str(layer): {str(w): loss for w, loss in row.items()} for layer, row in losses.items()},
-        "choice": points[0] if chosen else None,
-        "curve": points[1:] if chosen else points,
-        "setting": setting(request, points[0]["windows"]) if chosen else None,
+        "full_bytes": request.full_bytes,
+        "losses": {str(layer): {str(one): loss for one, loss in row.items()} for layer, row in losses.items()},
+        "choice": choice,
+        "curve": curve,
+        "setting": advice,
     }
 
 
@@ -92,20 +107,11 @@ def _load(request: SearchRequest, place: torch.device) -> tuple[Any, Any, Any]:
     return loaded[0], AutoTokenizer.from_pretrained(request.checkpoint), teacher
 
 
-def _full_bytes(request: SearchRequest) -> int:
-    element = BYTES[request.recipe.runtime.dtype]
-    return request.sizes.layers * request.sizes.full_cache_bytes(request.context, element)
-
-
-def _options(request: SearchRequest, losses: Losses, element: int) -> dict[int, list[Option]]:
-    sizes, nha = request.sizes, request.recipe.nha
-    slots = nha.slots_by_layer(sizes.layers)
-    whole = Option(None, sizes.full_cache_bytes(request.context, element), 0.0)
+def _options(request: SearchRequest, losses: Losses) -> dict[int, list[Option]]:
+    slots = request.recipe.nha.slots_by_layer(request.sizes.layers)
+    whole = Option(None, request.layer_bytes(None, 0), 0.0)
     return {
-        layer: [
-            Option(window, sizes.nha_cache_bytes(nha, slots[layer], window, element), loss)
-            for window, loss in row.items()
-        ]
+        layer: [Option(window, request.layer_bytes(window, slots[layer]), loss) for window, loss in row.items()]
         + [whole]
         for layer, row in losses.items()
     }
@@ -115,16 +121,7 @@ def _choice(request: SearchRequest, options: Mapping[int, list[Option]]) -> dict
     if request.full is not None:
         keep = neediest({layer: row[0].loss for layer, row in options.items()}, request.full)
         return {layer: row[-1] if layer in keep else row[0] for layer, row in options.items()}
-    if request.memory is None:
-        return None
-    beside = _beside(request)
-    return within_budget(options, int(request.memory * _full_bytes(request)) - beside)
-
-
-def _beside(request: SearchRequest) -> int:
-    """Bytes of the layers that cannot be chosen: they stay full."""
-    element = BYTES[request.recipe.runtime.dtype]
-    return (request.sizes.layers - len(request.windows)) * request.sizes.full_cache_bytes(request.context, element)
+    return None if request.budget is None else within_budget(options, request.budget)
 
 
 def _curve(request: SearchRequest, options: Mapping[int, list[Option]]) -> list[tuple[str, dict[int, Option]]]:
@@ -152,12 +149,17 @@ def _points(
     """The states with their bytes, their share of full attention's cache, their losses and their KL."""
     arrangements = [{layer: option.value for layer, option in state.items()} for _, state in states]
     kls = divergences(model, text, arrangements, **measure)
-    whole, beside = _full_bytes(request), _beside(request)
     points = []
     for (name, state), windows, kl in zip(states, arrangements, kls):
         each = ["full" if windows.get(layer) is None else windows[layer] for layer in range(request.sizes.layers)]
-        size = size_of(state) + beside
-        points.append(
-            {"choice": name, "windows": each, "bytes": size, "share": size / whole, "loss": loss_of(state), "kl": kl}
-        )
+        points.append(point(request, name, state, "windows", each, kl))
     return points
+
+
+def point(
+    request: SearchRequest, name: str, state: Mapping[int, Option], what: str, each: list[Any], kl: float
+) -> dict[str, Any]:
+    """A choice, by layer, with its cache, the sum of its layers' losses, and its KL."""
+    size = size_of(state) + request.beside
+    row = {"choice": name, what: each, "bytes": size, "share": size / request.full_bytes}
+    return {**row, "loss": loss_of(state), "kl": kl}

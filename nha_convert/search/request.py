@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from ..data_settings import SourceSettings
 from ..errors import InputError
 from ..files import read_json_object
 from ..model_files import check_windows, read_config
-from ..plan import Dimensions, dimensions_of
+from ..plan import BYTES, Dimensions, dimensions_of
 from ..recipe import Recipe, load_recipe, swap_recipe
-from ..settings_types import DEFAULT_METHOD, SEARCH_METHODS
+from ..settings_types import DEFAULT_METHOD, SEARCH_METHODS, calibration_rows
 from ..text_sources import text_files
 from ..weights.weight_files import check_weights
 
@@ -34,10 +35,10 @@ class SearchRequest:
         teacher: what a finished model is compared with; None is its own backbone.
         sizes: of the model.
         method: of `SEARCH_METHODS`.
-        windows: layer -> windows to try beside full attention, equally many for each.
+        windows: layer -> windows to try beside full attention, equally many for each; with `slots` the one that it has.
         full: layers to keep full; None leaves it to `memory`.
         memory: share of the cache of a model with full attention everywhere; None makes no choice, or, with `slots`,
-            one of the cache that the recipe's own slots take.
+            shares out the cache that the recipe's own take.
         context: tokens at which caches are compared.
         slots: counts of slots to choose among, ascending; None chooses windows.
     """
@@ -53,6 +54,36 @@ class SearchRequest:
     memory: float | None
     context: int
     slots: tuple[int, ...] | None = None
+
+    @property
+    def full_bytes(self) -> int:
+        """Cache of full attention in every layer."""
+        return self.sizes.layers * self._full_layer
+
+    @property
+    def beside(self) -> int:
+        """Cache of the layers that cannot be chosen: they stay full."""
+        return (self.sizes.layers - len(self.windows)) * self._full_layer
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes for the layers that can be chosen; None where nothing was said of memory."""
+        return None if self.memory is None else int(self.memory * self.full_bytes) - self.beside
+
+    @property
+    def _full_layer(self) -> int:
+        return self.layer_bytes(None, 0)
+
+    def layer_bytes(self, window: int | None, slots: int) -> int:
+        """Cache of one layer; None is full attention."""
+        element = BYTES[self.recipe.runtime.dtype]
+        if window is None:
+            return self.sizes.full_cache_bytes(self.context, element)
+        return self.sizes.nha_cache_bytes(self.recipe.nha, slots, window, element)
+
+    def slots_bytes(self, counts: Sequence[int]) -> int:
+        """Cache of the layers that can be chosen, each with its window and, of `counts` by layer, its slots."""
+        return sum(self.layer_bytes(own[0], counts[layer]) for layer, own in self.windows.items())
 
 
 def search_request(
@@ -103,20 +134,27 @@ def search_request(
     sizes = dimensions_of(model, config)
     length = min(recipe.search.sequence_length or recipe.evaluate.sequence_length, sizes.context)
     if counts is not None and checkpoint is not None:
-        raise InputError(f"--slots {slots}: {target} is finished, and its slots are what its gates were trained with")
+        raise InputError(
+            f"--slots {slots}: {target} is finished, and its slots are those that its gates were trained with; name "
+            "the recipe or the base model, or choose its windows with --windows"
+        )
     if counts is not None and recipe.nha.auto is not None:
         raise InputError(
             f"--slots {slots}: nha.full_attention_layers is {recipe.nha.full_attention_layers}; choose these layers "
             "first (--full N) and name them with --set"
         )
+    if counts is not None and any(one.startswith("search.branch=") for one in overrides or []):
+        raise InputError(f"--slots {slots}: slots are measured as they are read; leave --set search.branch out")
     own = _own_windows(recipe, sizes, config.get("nha_windows"))
+    if counts is not None:
+        own = {layer: [window] for layer, window in enumerate(recipe.nha.windows(sizes.layers)) if window is not None}
     if full is not None and full > len(own):
         raise InputError(f"--full: {full} layers are to stay full, but {target} has {len(own)} to choose among")
     as_it_is = full is not None or counts is not None
     tried = own if as_it_is else dict.fromkeys(own, _windows(windows, length, recipe.nha.sinks))
     for window in {window for choices in tried.values() for window in choices}:
-        _check_reach(model, config, list(tried), window, sizes.layers)
-    return SearchRequest(
+        _check_reach(model, config, list(tried), window, sizes.layers, "nha.window" if as_it_is else "--windows")
+    request = SearchRequest(
         target=target,
         recipe=recipe,
         checkpoint=checkpoint,
@@ -129,6 +167,39 @@ def search_request(
         context=context,
         slots=counts,
     )
+    if counts is not None:
+        _check_counts(request, counts, length)
+    return request
+
+
+def _check_counts(request: SearchRequest, counts: tuple[int, ...], length: int) -> None:
+    """Refuses counts of slots that cannot be measured or do not fit."""
+    nha, named = request.recipe.nha, ",".join(map(str, counts))
+    if not request.windows:
+        raise InputError(f"--slots {named}: every layer of {request.target} stays full; convert one (nha.window)")
+    widest = max(own[0] for own in request.windows.values())
+    if widest + nha.sinks >= length:
+        raise InputError(
+            f"nha.window: rows of {length} tokens fit into a window of {widest} and the sinks, so no slot is read; "
+            "raise search.sequence_length or lower nha.window"
+        )
+    row = request.recipe.training_length or request.recipe.evaluate.sequence_length
+    tokens = calibration_rows(row) * max(0, row - nha.sinks)
+    if counts[-1] > tokens:
+        raise InputError(f"--slots {named}: gates start from {tokens} tokens, fewer than {counts[-1]}; lower it")
+    least = request.slots_bytes([counts[0]] * request.sizes.layers)
+    if request.budget is not None and least > request.budget:
+        raise InputError(
+            f"--memory: {counts[0]} slots in every layer that is converted, and the others full, take "
+            f"{least + request.beside} bytes of cache, {request.budget + request.beside} are allowed; raise it, or "
+            "name a smaller count with --slots"
+        )
+    own = request.slots_bytes(nha.slots_by_layer(request.sizes.layers))
+    if request.budget is None and least > own:
+        raise InputError(
+            f"--slots {named}: {counts[0]} slots in every layer take {least} bytes of cache, nha.slots = {nha.slots} "
+            f"takes {own}, which is shared out; name a smaller count, raise nha.slots, or give --memory"
+        )
 
 
 def check_swap_text(recipe: Recipe, model: str, text: str | None) -> Recipe:
@@ -252,8 +323,10 @@ def _counts(named: str, full: int | None, windows: str | None, method: str | Non
     return tuple(numbers)
 
 
-def _check_reach(model: str, config: dict[str, object], layers: list[int], window: int, count: int) -> None:
+def _check_reach(
+    model: str, config: dict[str, object], layers: list[int], window: int, count: int, setting: str
+) -> None:
     try:
         check_windows(model, config, [window if layer in layers else None for layer in range(count)])
     except InputError as error:
-        raise InputError(str(error).replace("nha.window:", "--windows:", 1)) from error
+        raise InputError(str(error).replace("nha.window:", f"{setting}:", 1)) from error

@@ -12,16 +12,17 @@ from ..convert import load_student
 from ..devices import find_device
 from ..gate_inputs import calibrate_gates, calibration_ids
 from ..model_source import resolve_model
-from ..plan import BYTES
-from ..recipe import NHASettings
 from ..settings_types import NEEDS_TEXT
 from .calibration import Calibration, calibration_text
-from .choose import Option, loss_of, size_of, within_budget
+from .choose import Option, within_budget
+from .find import point, search_result
 from .request import SearchRequest
 from .scores import divergences, layer_losses
 
 START = "attended"
 """How gates start for the measure where the recipe's own start reads no text, and so tells nothing of a count."""
+BRANCH = "both"
+"""Slots are measured as they are read."""
 
 
 def find_slots(request: SearchRequest, *, quiet: bool = True) -> dict[str, Any]:
@@ -32,51 +33,40 @@ def find_slots(request: SearchRequest, *, quiet: bool = True) -> dict[str, Any]:
     Args:
         request: with `slots`.
     Returns:
-        As `find_windows`, with {layer: {count: loss}} as "losses" and points that have "slots" (None where a layer
-        stays full) in place of "windows": the choice, and each count in all layers.
+        As `find_windows`, with {layer: {count: loss}} as "losses", points that have "slots" ("full" where a layer stays
+        so) in place of "windows" (the choice, and each count in all layers), and "gate_init", the start measured.
     Raises:
-        InputError: model or text is wrong, or the budget is too small.
+        InputError: model or text is wrong.
     """
     assert request.slots is not None
-    recipe = request.recipe
     measured = _Measured(request, quiet)
-    windows = {layer: [window] for layer, window in measured.windows.items()}
-    losses: dict[int, dict[int, float]] = {layer: {} for layer in windows}
+    own = request.recipe.nha.slots_by_layer(request.sizes.layers)
+    losses: dict[int, dict[int, float]] = {layer: {} for layer in request.windows}
     together = []
     for count in request.slots:
-        model = measured.student(count)
-        found = layer_losses(request.method, model, measured.text, windows, branch="both", quiet=quiet)
+        found, kl = measured.with_slots(count)
+        together.append(kl)
         for layer, window in measured.windows.items():
             losses[layer][count] = found[layer][window]
-        together.append(measured.kl(model))
     options = {
-        layer: [Option(count, measured.size(layer, count), loss) for count, loss in row.items()]
+        layer: [Option(count, request.layer_bytes(measured.windows[layer], count), loss) for count, loss in row.items()]
         for layer, row in losses.items()
     }
-    budget = sum(measured.size(layer, measured.own[layer]) for layer in windows)
-    if request.memory is not None:
-        budget = int(request.memory * measured.full_bytes) - measured.beside
-    chosen = within_budget(options, budget)
+    chosen = within_budget(options, request.slots_bytes(own) if request.budget is None else request.budget)
+    counts = [int(chosen[layer].value or 0) if layer in chosen else kept for layer, kept in enumerate(own)]
+
+    def placed(name: str, state: Mapping[int, Option], kl: float) -> dict[str, Any]:
+        each = [state[layer].value if layer in state else "full" for layer in range(len(own))]
+        return point(request, name, state, "slots", each, kl)
+
     curve = [
-        measured.point(f"{count} each", {layer: row[place] for layer, row in options.items()}, kl)
+        placed(f"{count} each", {layer: row[place] for layer, row in options.items()}, kl)
         for place, (count, kl) in enumerate(zip(request.slots, together))
     ]
-    return {
-        "target": request.target,
-        "finished": False,
-        "model": recipe.model,
-        "method": request.method,
-        "branch": "both",
-        "tokens": measured.text.tokens.numel(),
-        "sequence_length": measured.text.length,
-        "seed": recipe.seed,
-        "context": request.context,
-        "full_bytes": measured.full_bytes,
-        "losses": {str(layer): {str(count): loss for count, loss in row.items()} for layer, row in losses.items()},
-        "choice": measured.point("chosen", chosen, measured.kl(measured.student(measured.counts(chosen)))),
-        "curve": curve,
-        "setting": f"nha.slots=[{','.join(map(str, measured.counts(chosen)))}]",
-    }
+    choice = placed("chosen", chosen, measured.kl(measured.student(counts)))
+    advice = f"nha.slots=[{','.join(map(str, counts))}]"
+    result = search_result(request, measured.text, losses, choice, curve, advice, branch=BRANCH)
+    return result | {"gate_init": measured.start}
 
 
 class _Measured:
@@ -88,45 +78,32 @@ class _Measured:
         self.place = find_device(recipe.runtime.device)
         if recipe.runtime.threads is not None:
             torch.set_num_threads(recipe.runtime.threads)
-        layers = request.sizes.layers
-        self.windows = {layer: w for layer, w in enumerate(recipe.nha.windows(layers)) if w is not None}
-        self.own = recipe.nha.slots_by_layer(layers)
+        self.windows = {layer: own[0] for layer, own in request.windows.items()}
+        self.start = recipe.nha.gate_init if recipe.nha.gate_init in NEEDS_TEXT else START
         self.folder = resolve_model(recipe.model)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        with_recall = request.method == "recall"
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
         self.text: Calibration = calibration_text(
-            recipe, self.tokenizer, request.sizes.context, with_recall=with_recall, quiet=quiet
+            recipe, tokenizer, request.sizes.context, with_recall=request.method == "recall", quiet=quiet
         )
-        self.ids = calibration_ids(recipe, self.tokenizer, quiet=quiet)
-        self.element = BYTES[recipe.runtime.dtype]
-        full = request.sizes.full_cache_bytes(request.context, self.element)
-        self.full_bytes, self.beside = layers * full, (layers - len(self.windows)) * full
-
-    def size(self, layer: int, count: int) -> int:
-        """Cache of a layer with so many slots, in bytes."""
-        return self.request.sizes.nha_cache_bytes(self.recipe.nha, count, self.windows[layer], self.element)
+        self.ids = calibration_ids(recipe, tokenizer, quiet=quiet)
 
     def student(self, slots: int | list[int]) -> Any:
         """The student with so many slots, in all layers or by layer, its gates started from text."""
         recipe = self.recipe
-        start = recipe.nha.gate_init if recipe.nha.gate_init in NEEDS_TEXT else START
-        nha: NHASettings = recipe.nha.model_copy(update={"slots": slots, "gate_init": start})
+        nha = recipe.nha.model_copy(update={"slots": slots, "gate_init": self.start})
         dtype, length = getattr(torch, recipe.runtime.dtype), recipe.training_length
         model = load_student(self.folder, nha, dtype=dtype, seed=recipe.seed, length=length).to(self.place).eval()
         calibrate_gates(model, nha, self.ids, seed=recipe.seed)
         return model
 
-    def counts(self, state: Mapping[int, Option]) -> list[int]:
-        """The slots of every layer; layers that stay full have what the recipe says, which nothing reads."""
-        return [int(state[layer].value or 0) if layer in state else own for layer, own in enumerate(self.own)]
+    def with_slots(self, count: int) -> tuple[dict[int, dict[int, float]], float]:
+        """Each layer's loss with so many slots, and `kl` with so many in all."""
+        model = self.student(count)
+        losses = layer_losses(
+            self.request.method, model, self.text, self.request.windows, branch=BRANCH, quiet=self.quiet
+        )
+        return losses, self.kl(model)
 
     def kl(self, model: Any) -> float:
         """KL(teacher || student) in nats per token, with every layer that can be NHA as NHA."""
-        return divergences(model, self.text, [self.windows], branch="both", quiet=self.quiet)[0]
-
-    def point(self, name: str, state: Mapping[int, Option], kl: float) -> dict[str, Any]:
-        """A choice with its cache and the sum of its layers' losses."""
-        size = size_of(state) + self.beside
-        slots = [state[layer].value if layer in state else None for layer in range(len(self.own))]
-        row = {"slots": slots, "bytes": size, "share": size / self.full_bytes, "loss": loss_of(state), "kl": kl}
-        return {"choice": name, **row}
+        return divergences(model, self.text, [self.windows], branch=BRANCH, quiet=self.quiet)[0]

@@ -44,7 +44,7 @@ def curve_rows(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             f"{100 * point['share']:.1f} %",
             f"{point['loss']:.4g}",
             f"{point['kl']:.4g}",
-            runs(["full" if choice is None else choice for choice in point[what]]),
+            runs(point[what]),
         ]
         for point in points
     ]
@@ -66,7 +66,7 @@ def heading(found: dict[str, Any]) -> str:
     kind = "finished model" if found["finished"] else "base model"
     slots = "slots hidden" if found["branch"] == "window" else "slots as they are"
     if chooses_slots(found):
-        slots = "gates started from text, untrained"
+        slots = f"gates started `{found['gate_init']}`, untrained"
     return (
         f"{found['target']} ({kind}), {found['tokens']} tokens in rows of {found['sequence_length']}, "
         f"seed {found['seed']}, {slots}"
@@ -112,7 +112,8 @@ def render(found: dict[str, Any]) -> Group:
 
 def markdown(found: dict[str, Any]) -> str:
     """The same as a page."""
-    lines = [f"# Which layers: {found['target']}", "", heading(found) + ".", ""]
+    what = "slots" if chooses_slots(found) else "layers"
+    lines = [f"# Which {what}: {found['target']}", "", heading(found) + ".", ""]
     for title, (header, rows) in zip(titles(found), (score_rows(found), curve_rows(found))):
         lines += [f"{title}:", "", *table(header, rows), ""]
     return "\n".join([*lines, *(f"    {line}" for line in advice(found)), ""])
