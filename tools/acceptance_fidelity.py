@@ -100,6 +100,7 @@ def quarter() -> dict[str, Any]:
     met = len(teachers) >= 2
     for teacher in teachers:
         own = [row for row in rows if row["teacher"] == teacher]
+        own = [row for row in own if row["length"] == max(row["length"] for row in own)]
         change = mean(row["final"]["nll"] / row["base"]["nll"] - 1 for row in own)
         ratios = {
             distance: sum(row["final"]["recall"][distance][0] for row in own)
@@ -110,8 +111,8 @@ def quarter() -> dict[str, Any]:
         shares = ", ".join(f"{distance}: {ratio:.2f}" for distance, ratio in ratios.items())
         seeds = ", ".join(str(row["seed"]) for row in own)
         parts.append(
-            f"{teacher}, {len(own[0]['full'])} of {own[0]['layers']} layers full, seeds {seeds}: NLL "
-            f"{100 * change:+.2f} %, recall / teacher's {shares}"
+            f"{teacher}, {len(own[0]['full'])} of {own[0]['layers']} layers full, rows of {own[0]['length']}, seeds "
+            f"{seeds}: NLL {100 * change:+.2f} %, recall / teacher's {shares}"
         )
     return {"measured": "; ".join(parts), "met": met}
 

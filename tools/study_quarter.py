@@ -4,7 +4,8 @@
     python tools/study_quarter.py --work DIR --only qwen3 --seed 1
     python tools/study_quarter.py                                only writes the table of what was measured
 
-Each run is the recipe `demo` on one core, with `auto:N`, its teacher, a seed, and 128 recall prompts per distance.
+Each run is the recipe `demo` on one core, with `auto:N`, its teacher, a seed, rows as long as the text that is
+evaluated, and 128 recall prompts per distance.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from tools.study_memory import TEACHERS, command  # noqa: E402
 
 OUT = ROOT / "docs" / "studies" / "quarter"
 PROMPTS = 128
+LENGTHS = [512, 1024]
+"""Tokens of a training row, of which a step has 2048."""
 
 
-def measure(teacher: str, seed: int, work: Path) -> dict[str, Any]:
+def measure(teacher: str, seed: int, length: int, work: Path) -> dict[str, Any]:
     """One run, and what is kept of its eval.json."""
-    folder = work / f"{teacher}-{seed}"
+    folder = work / f"{teacher}-{seed}-{length}"
     layers = model_dimensions(TEACHERS[teacher]).layers
     settings = {
         "model": TEACHERS[teacher],
@@ -38,12 +41,15 @@ def measure(teacher: str, seed: int, work: Path) -> dict[str, Any]:
         "evaluate.benchmark": "false",
         "runtime.threads": 1,
     }
+    for stage in ("align", "distill"):
+        settings |= {f"stages.{stage}.sequence_length": length, f"stages.{stage}.batch_size": 2048 // length}
     changes = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     resumed = ["--resume"] if (folder / "recipe.yaml").exists() else []
     command("run", "demo", "--out", str(folder), *changes, *resumed)
     evaluation = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     chosen = json.loads((folder / "search.json").read_text(encoding="utf-8"))["full_attention_layers"]
     row: dict[str, Any] = {"teacher": teacher, "seed": seed, "layers": layers, "full": chosen, "window": 64}
+    row["length"] = length
     for name in ("teacher", "final"):
         measured = evaluation[name]
         cells = measured["recall"].items()
@@ -56,7 +62,7 @@ def measure(teacher: str, seed: int, work: Path) -> dict[str, Any]:
 def page(rows: list[dict[str, Any]]) -> str:
     """docs/studies/quarter.md."""
     distances = [int(distance) for distance in rows[0]["final"]["recall"]] if rows else []
-    head = ["teacher", "seed", "full layers", "NLL against the teacher's (95 %)"]
+    head = ["teacher", "seed", "rows of", "full layers", "NLL against the teacher's (95 %)"]
     head += [f"recall at {distance}: teacher, student" for distance in distances]
     lines = [
         "# One layer in four full",
@@ -73,7 +79,7 @@ def page(rows: list[dict[str, Any]]) -> str:
             100 * value / row["base"]["nll"]
             for value in (row["final"]["nll"] - row["base"]["nll"], *row["final"]["nll_above_teacher"])
         )
-        cells = [row["teacher"], str(row["seed"]), f"{row['full']} of {row['layers']}"]
+        cells = [row["teacher"], str(row["seed"]), str(row["length"]), f"{row['full']} of {row['layers']}"]
         cells.append(f"{change:+.2f} % ({between[0]:+.2f} to {between[1]:+.2f})")
         for distance in map(str, distances):
             base, final = row["base"]["recall"][distance], row["final"]["recall"][distance]
@@ -87,6 +93,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where runs are kept; left out, nothing is run")
     parser.add_argument("--only", nargs="*", choices=list(TEACHERS))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--length", type=int, choices=LENGTHS, default=LENGTHS[-1], help="tokens of a training row")
     options = parser.parse_args()
     path = OUT.with_suffix(".json")
 
@@ -94,10 +101,11 @@ def main() -> None:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
     for teacher in options.only or TEACHERS if options.work else ():
-        if not any((row["teacher"], row["seed"]) == (teacher, options.seed) for row in kept()):
-            row = measure(teacher, options.seed, options.work)
+        run = teacher, options.seed, options.length
+        if not any((row["teacher"], row["seed"], row["length"]) == run for row in kept()):
+            row = measure(*run, options.work)
             write_json(path, [*kept(), row])
-    rows = sorted(kept(), key=lambda row: (list(TEACHERS).index(row["teacher"]), row["seed"]))
+    rows = sorted(kept(), key=lambda row: (list(TEACHERS).index(row["teacher"]), row["seed"], row["length"]))
     write_text(OUT.with_suffix(".md"), page(rows))
 
 
