@@ -118,6 +118,11 @@ def test_the_line_of_a_quarter(studies: Path) -> None:
         return fidelity.quarter()
 
     assert not write(quarter_row("a", 0.98))["met"], "one teacher is not enough"
+    layers = {"settings": {"full": 1, "recipe": "demo"}, "seeds": [layer_seed(0, 0.98, 0.2)]}
+    (studies / "layers.json").write_text(json.dumps(layers))
+    found = write(quarter_row("a", 0.98))
+    assert found["met"] and "embedded, 1 of 4 layers full, rows of 512, seeds 0" in found["measured"]
+    (studies / "layers.json").unlink()
     found = write(quarter_row("a", 0.98), quarter_row("b", 0.96))
     said = "1 of 4 layers full, rows of 1024, seeds 0: NLL +0.10 %, recall / teacher's 128: 1.00, 1024: 0.98"
     assert found["met"] and said in found["measured"]

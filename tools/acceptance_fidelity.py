@@ -11,7 +11,10 @@ import math
 from statistics import mean
 from typing import Any
 
+from nha_convert.plan import model_dimensions
+from nha_convert.recipe import load_recipe
 from tools.acceptance_base import ROOT, line
+from tools.study_memory import TEACHERS
 
 STUDIES = ROOT / "docs" / "studies"
 PAPER, DEFAULT, GOAL_TOKENS = "key", "attended", 1_000_000
@@ -95,7 +98,7 @@ def _layer_studies() -> dict[str, Any]:
     "NLL within 1 %, recall >= 0.95 of the teacher's at every distance <= 16 W",
 )
 def quarter() -> dict[str, Any]:
-    rows, parts = study("quarter"), []
+    rows, parts = _quarters(), []
     teachers = list(dict.fromkeys(row["teacher"] for row in rows))
     met = len(teachers) >= 2
     for teacher in teachers:
@@ -115,6 +118,21 @@ def quarter() -> dict[str, Any]:
             f"{seeds}: NLL {100 * change:+.2f} %, recall / teacher's {shares}"
         )
     return {"measured": "; ".join(parts), "met": met}
+
+
+def _quarters() -> list[dict[str, Any]]:
+    """Rows of the study of a quarter; for a teacher that it lacks, what the study of layers has after alignment."""
+    rows: list[dict[str, Any]] = study("quarter")
+    known = {row["teacher"] for row in rows}
+    for teacher, found in _layer_studies().items():
+        length = load_recipe(found["settings"]["recipe"]).stages[0].sequence_length
+        for seed in found["seeds"] if teacher not in known else ():
+            row: dict[str, Any] = {"teacher": teacher, "seed": seed["seed"], "length": length}
+            row |= {"full": seed["choices"][CHOSEN], "layers": model_dimensions(TEACHERS[teacher]).layers}
+            for name, result in (("base", seed["results"]["teacher"]), ("final", _choice(seed, CHOSEN))):
+                row[name] = {"nll": result["nll"], "recall": {d: [share] for d, share in _recall(result).items()}}
+            rows.append(row)
+    return rows
 
 
 @line(

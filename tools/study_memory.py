@@ -136,15 +136,15 @@ def measure(teacher: str, window: str, name: str, seed: int, work: Path) -> dict
         for one in evaluation["final"]["layer_ablation"]
     ]
     if window == "random":
-        row["at"] = {size: at_window(folder, size, work) for size in MEASURED_AT}
+        row["at"] = {size: at_window(teacher, folder, size, work) for size in MEASURED_AT}
     return row
 
 
-def at_window(folder: Path, window: str, work: Path) -> dict[str, Any]:
+def at_window(teacher: str, folder: Path, window: str, work: Path) -> dict[str, Any]:
     """NLL of a finished run's model with another window, its interval and the teacher's."""
     kept = work / f"{folder.name}-at-{window}.json"
-    size = ["--set", f"nha.window={window}"]
-    command("eval", str(folder), *size, "--no-recall", "--set", "evaluate.layer_ablation=false", "--json", str(kept))
+    options = ["--teacher", TEACHERS[teacher], "--set", f"nha.window={window}"]
+    command("eval", str(folder), *options, "--no-recall", "--set", "evaluate.layer_ablation=false", "--json", str(kept))
     final = json.loads(kept.read_text(encoding="utf-8"))["final"]
     return {"nll": final["nll"], "interval": final["intervals"]["nll"], "kl": final["kl"]}
 
