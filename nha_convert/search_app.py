@@ -14,7 +14,7 @@ from .settings_types import DEFAULT_METHOD, SEARCH_METHODS
 search_app = typer.Typer(rich_markup_mode=None)
 
 
-@search_app.command(short_help="Which layers need full attention, which windows or how many slots the others.")
+@search_app.command(short_help="Which layers need full attention; windows or slots of the others.")
 def search(
     target: Annotated[
         str, typer.Argument(metavar="RECIPE|MODEL|CKPT", help="recipe, base model, NHA checkpoint or run folder")

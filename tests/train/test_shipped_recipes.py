@@ -80,7 +80,7 @@ def test_plan_on_the_public_shape(name: str, tmp_path: Path) -> None:
         assert make_plan(recipe, no_cost, stage_time, find_machine("H100", number))["hours"] > 0
     plan = make_plan(recipe, no_cost)
     exact = [row for row in plan["layers"] if row["attention"] == "nha"]
-    wanted = {"demo": 1, "align-only": 0, "paper-llama-3-8b": 4}.get(name, len(plan["layers"]) // 4)
+    wanted = {"demo": 1, "align-only": 0, "all-layers": 0, "paper-llama-3-8b": 4}.get(name, len(plan["layers"]) // 4)
     assert len(plan["layers"]) - len(exact) == wanted
     assert [row["tokens"] for row in plan["stages"]] == [stage.tokens for stage in recipe.stages]
     warned = [note for note in plan["notes"] if re.search("see nothing|fewer than|most of the cache", note)]
