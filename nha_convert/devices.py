@@ -62,3 +62,15 @@ def input_device(model: Any) -> torch.device:
     """Where a model takes its tokens, also where some of its tensors are read from disk as it computes."""
     place = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
     return torch.device(model.device if place is None else place)
+
+
+def working_device(name: str, threads: int | None) -> torch.device:
+    """`find_device`, and torch's threads set to so many; None leaves them.
+
+    Raises:
+        InputError: as `find_device`.
+    """
+    device = find_device(name)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return device

@@ -99,7 +99,7 @@ TORCH_FREE = BASE | {
     for name in (
         *("preflight", "command_options", "publish.export_request", "publish.hub"),
         *("recipes_app", "checkpoint_app", "bench_app", "search_app", "app", "provenance", "report_data"),
-        *("search", "search.record", "search.request", "search.choose", "search.tables"),
+        *("search", "search.record", "search.request", "search.slot_request", "search.choose", "search.tables"),
     )
 }
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import modeling  # noqa: F401  (registers the NHA classes)
 from ..convert import load_student
-from ..devices import find_device
+from ..devices import working_device
 from ..errors import InputError
 from ..model_source import resolve_model
 from .auto import all_converted
@@ -35,9 +35,7 @@ def find_windows(request: SearchRequest, *, quiet: bool = True) -> dict[str, Any
         InputError: model or text is wrong, or the budget too small.
     """
     recipe = request.recipe
-    place = find_device(recipe.runtime.device)
-    if recipe.runtime.threads is not None:
-        torch.set_num_threads(recipe.runtime.threads)
+    place = working_device(recipe.runtime.device, recipe.runtime.threads)
     model, tokenizer, teacher = _load(request, place)
     with_recall = request.method == "recall"
     text = calibration_text(recipe, tokenizer, request.sizes.context, with_recall=with_recall, quiet=quiet)

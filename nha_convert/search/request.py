@@ -13,9 +13,10 @@ from ..files import read_json_object
 from ..model_files import check_windows, read_config
 from ..plan import BYTES, Dimensions, dimensions_of
 from ..recipe import Recipe, load_recipe, swap_recipe
-from ..settings_types import DEFAULT_METHOD, SEARCH_METHODS, calibration_rows
+from ..settings_types import DEFAULT_METHOD, SEARCH_METHODS
 from ..text_sources import text_files
 from ..weights.weight_files import check_weights
+from .slot_request import check_counts, slot_counts_named, windows_with_slots
 
 WINDOWS = (64, 256, 1024)
 """Windows that are tried where none are named, if rows are at least twice as long."""
@@ -111,16 +112,9 @@ def search_request(
     Raises:
         InputError: something does not fit.
     """
-    if method is not None and method not in SEARCH_METHODS:
-        raise InputError(f"--method: found {method!r}; allowed: {', '.join(SEARCH_METHODS)}")
-    if full is not None and (memory is not None or windows is not None):
-        other = "--memory" if memory is not None else "--windows"
-        raise InputError(
-            f"--full {full} keeps that many layers full with nha.window elsewhere; {other} asks for windows of each "
-            "layer: give one of the two"
-        )
+    _check_options(method, full, memory, windows)
     share = None if memory is None else _share(memory)
-    counts = None if slots is None else _counts(slots, full, windows, method)
+    counts = None if slots is None else slot_counts_named(slots, full, windows, method)
     checkpoint = _checkpoint(target)
     if teacher is not None and checkpoint is None:
         raise InputError(f"--teacher {teacher}: {target} is no NHA checkpoint; a base model is compared with itself")
@@ -133,21 +127,10 @@ def search_request(
         config = config | {"model_type": str(config["model_type"]).removeprefix("nha_")}
     sizes = dimensions_of(model, config)
     length = min(recipe.search.sequence_length or recipe.evaluate.sequence_length, sizes.context)
-    if counts is not None and checkpoint is not None:
-        raise InputError(
-            f"--slots {slots}: {target} is finished, and its slots are those that its gates were trained with; name "
-            "the recipe or the base model, or choose its windows with --windows"
-        )
-    if counts is not None and recipe.nha.auto is not None:
-        raise InputError(
-            f"--slots {slots}: nha.full_attention_layers is {recipe.nha.full_attention_layers}; choose these layers "
-            "first (--full N) and name them with --set"
-        )
-    if counts is not None and any(one.startswith("search.branch=") for one in overrides or []):
-        raise InputError(f"--slots {slots}: slots are measured as they are read; leave --set search.branch out")
-    own = _own_windows(recipe, sizes, config.get("nha_windows"))
-    if counts is not None:
-        own = {layer: [window] for layer, window in enumerate(recipe.nha.windows(sizes.layers)) if window is not None}
+    if counts is None:
+        own = _own_windows(recipe, sizes, config.get("nha_windows"))
+    else:
+        own = windows_with_slots(counts, target, checkpoint is not None, recipe, sizes.layers, overrides or [])
     if full is not None and full > len(own):
         raise InputError(f"--full: {full} layers are to stay full, but {target} has {len(own)} to choose among")
     as_it_is = full is not None or counts is not None
@@ -168,38 +151,8 @@ def search_request(
         slots=counts,
     )
     if counts is not None:
-        _check_counts(request, counts, length)
+        check_counts(request, counts, length)
     return request
-
-
-def _check_counts(request: SearchRequest, counts: tuple[int, ...], length: int) -> None:
-    """Refuses counts of slots that cannot be measured or do not fit."""
-    nha, named = request.recipe.nha, ",".join(map(str, counts))
-    if not request.windows:
-        raise InputError(f"--slots {named}: every layer of {request.target} stays full; convert one (nha.window)")
-    widest = max(own[0] for own in request.windows.values())
-    if widest + nha.sinks >= length:
-        raise InputError(
-            f"nha.window: rows of {length} tokens fit into a window of {widest} and the sinks, so no slot is read; "
-            "raise search.sequence_length or lower nha.window"
-        )
-    row = request.recipe.training_length or request.recipe.evaluate.sequence_length
-    tokens = calibration_rows(row) * max(0, row - nha.sinks)
-    if counts[-1] > tokens:
-        raise InputError(f"--slots {named}: gates start from {tokens} tokens, fewer than {counts[-1]}; lower it")
-    least = request.slots_bytes([counts[0]] * request.sizes.layers)
-    if request.budget is not None and least > request.budget:
-        raise InputError(
-            f"--memory: {counts[0]} slots in every layer that is converted, and the others full, take "
-            f"{least + request.beside} bytes of cache, {request.budget + request.beside} are allowed; raise it, or "
-            "name a smaller count with --slots"
-        )
-    own = request.slots_bytes(nha.slots_by_layer(request.sizes.layers))
-    if request.budget is None and least > own:
-        raise InputError(
-            f"--slots {named}: {counts[0]} slots in every layer take {least} bytes of cache, nha.slots = {nha.slots} "
-            f"takes {own}, which is shared out; name a smaller count, raise nha.slots, or give --memory"
-        )
 
 
 def check_swap_text(recipe: Recipe, model: str, text: str | None) -> Recipe:
@@ -233,6 +186,18 @@ def with_text(recipe: Recipe, path: str) -> Recipe:
         raise InputError(str(error).replace("data.sources:", "--text:", 1)) from error
     data = recipe.data.model_copy(update={"sources": [SourceSettings(source="text", path=path)]})
     return recipe.model_copy(update={"data": data, "stages": []})
+
+
+def _check_options(method: str | None, full: int | None, memory: str | None, windows: str | None) -> None:
+    """Refuses options that do not go together."""
+    if method is not None and method not in SEARCH_METHODS:
+        raise InputError(f"--method: found {method!r}; allowed: {', '.join(SEARCH_METHODS)}")
+    if full is not None and (memory is not None or windows is not None):
+        other = "--memory" if memory is not None else "--windows"
+        raise InputError(
+            f"--full {full} keeps that many layers full with nha.window elsewhere; {other} asks for windows of each "
+            "layer: give one of the two"
+        )
 
 
 def _share(memory: str) -> float:
@@ -307,20 +272,6 @@ def _windows(named: str | None, length: int, sinks: int) -> list[int]:
             "measured of it; raise search.sequence_length or leave it out"
         )
     return numbers
-
-
-def _counts(named: str, full: int | None, windows: str | None, method: str | None) -> tuple[int, ...]:
-    """Counts of slots to try, ascending."""
-    if full is not None or windows is not None:
-        other = "--full" if full is not None else "--windows"
-        raise InputError(f"--slots {named}: chooses slots with windows as they are; leave {other} out")
-    if method == "attention":
-        raise InputError("--method: attention looks at the teacher alone, not at slots; leave it out or take another")
-    parts = [part.strip() for part in named.strip("[] ").split(",")]
-    numbers = sorted({int(part) for part in parts if part.isdigit()})
-    if len(numbers) < 2 or numbers[0] < 1 or not all(part.isdigit() for part in parts):
-        raise InputError(f"--slots: at least two numbers such as 16,64,256 are needed, found {named!r}")
-    return tuple(numbers)
 
 
 def _check_reach(

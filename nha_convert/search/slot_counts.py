@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ..convert import load_student
-from ..devices import find_device
+from ..devices import working_device
 from ..gate_inputs import calibrate_gates, calibration_ids
 from ..model_source import resolve_model
 from ..settings_types import NEEDS_TEXT
@@ -75,9 +75,7 @@ class _Measured:
     def __init__(self, request: SearchRequest, quiet: bool) -> None:
         recipe = request.recipe
         self.request, self.recipe, self.quiet = request, recipe, quiet
-        self.place = find_device(recipe.runtime.device)
-        if recipe.runtime.threads is not None:
-            torch.set_num_threads(recipe.runtime.threads)
+        self.place = working_device(recipe.runtime.device, recipe.runtime.threads)
         self.windows = {layer: own[0] for layer, own in request.windows.items()}
         self.start = recipe.nha.gate_init if recipe.nha.gate_init in NEEDS_TEXT else START
         self.folder = resolve_model(recipe.model)

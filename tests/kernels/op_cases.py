@@ -99,13 +99,26 @@ def run(
     return {n: x.detach() for n, x in out.items() if x is not None}
 
 
-def assert_close(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance: float) -> None:
-    """Every tensor within `tolerance` of the largest entry of its counterpart."""
-    missing = [n for n in want if n not in got and want[n].abs().max() > 0]
-    assert not missing, missing
+def differences(
+    got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance: float | dict[str, float]
+) -> dict[str, str]:
+    """Tensors that are missing, or off by more than `tolerance` of their counterpart's largest entry: by how much."""
+    found = {}
     for name, x in want.items():
-        if not x.numel() or name not in got:
+        if not x.numel():
+            continue
+        size = x.abs().max().item()
+        if name not in got:
+            found |= {name: "missing"} if size > 0 else {}
             continue
         error = (got[name].double() - x.double()).abs().max().item()
-        size = x.abs().max().item()
-        assert error <= tolerance * max(size, 1e-30), f"{name}: {error:.2e} of {size:.2e}"
+        allowed = tolerance[name] if isinstance(tolerance, dict) else tolerance
+        if not error <= allowed * max(size, 1e-30):
+            found[name] = f"{error:.2e} of {size:.2e}"
+    return found
+
+
+def assert_close(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance: float) -> None:
+    """Every tensor within `tolerance` of the largest entry of its counterpart."""
+    found = differences(got, want, tolerance)
+    assert not found, found
