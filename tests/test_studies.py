@@ -106,6 +106,7 @@ def test_the_lines_of_layers(studies: Path) -> None:
 
 def quarter_row(teacher: str, recall: float, change: float = 0.001) -> dict[str, Any]:
     row: dict[str, Any] = {"teacher": teacher, "seed": 0, "layers": 4, "full": [1], "window": 64, "length": 1024}
+    row["distill"] = 200_000
     row["base"] = {"nll": 4.0, "recall": {"128": [1.0, 0.9, 1.0], "1024": [0.5, 0.4, 0.6]}}
     row["final"] = {"nll": 4.0 * (1 + change), "recall": {"128": [1.0, 0.9, 1.0], "1024": [recall / 2, 0.4, 0.6]}}
     row["final"]["nll_above_teacher"] = [-0.01, 0.02]
@@ -121,10 +122,11 @@ def test_the_line_of_a_quarter(studies: Path) -> None:
     layers = {"settings": {"full": 1, "recipe": "demo"}, "seeds": [layer_seed(0, 0.98, 0.2)]}
     (studies / "layers.json").write_text(json.dumps(layers))
     found = write(quarter_row("a", 0.98))
-    assert found["met"] and "embedded, 1 of 4 layers full, rows of 512, seeds 0" in found["measured"]
+    said = "embedded, 1 of 4 layers full, rows of 512, 0k tokens of distillation, seeds 0"
+    assert found["met"] and said in found["measured"]
     (studies / "layers.json").unlink()
     found = write(quarter_row("a", 0.98), quarter_row("b", 0.96))
-    said = "1 of 4 layers full, rows of 1024, seeds 0: NLL +0.10 %, recall / teacher's 128: 1.00, 1024: 0.98"
+    said = "rows of 1024, 200k tokens of distillation, seeds 0: NLL +0.10 %, recall / teacher's 128: 1.00, 1024: 0.98"
     assert found["met"] and said in found["measured"]
     shorter = {**quarter_row("b", 0.5), "length": 512}
     assert write(quarter_row("a", 0.98), shorter, quarter_row("b", 0.96))["met"], "of the longest rows"
@@ -134,7 +136,7 @@ def test_the_line_of_a_quarter(studies: Path) -> None:
 
 def test_the_page_of_a_quarter() -> None:
     text = study_quarter.page([quarter_row("embedded", 1.0)])
-    assert "| embedded | 0 | 1024 | [1] of 4 | +0.10 % (-0.25 to +0.50) | 1.00, 1.00 (0.90 to 1.00) |" in text
+    assert "| embedded | 0 | 1024 | 0.6M | [1] of 4 | +0.10 % (-0.25 to +0.50) | 1.00, 1.00 (0.90 to 1.00) |" in text
 
 
 def test_the_line_of_the_start(studies: Path) -> None:
@@ -176,7 +178,7 @@ def test_the_memory_page() -> None:
 
 
 def test_variants_of_the_training_study() -> None:
-    for name, variant in {**study_training.OBJECTIVES, **study_training.EXTENSIONS}.items():
+    for name, variant in {**study_training.OBJECTIVES, **study_training.EXTENSIONS, **study_training.DISTILLED}.items():
         recipe = study_training.study_recipe(variant, 2)
         assert sum(stage.tokens for stage in recipe.stages) == study_training.TOKENS, name
     paper = study_training.study_recipe(study_training.EXTENSIONS["the paper's layer and start"], 0).nha

@@ -103,7 +103,8 @@ def quarter() -> dict[str, Any]:
     met = len(teachers) >= 2
     for teacher in teachers:
         own = [row for row in rows if row["teacher"] == teacher]
-        own = [row for row in own if row["length"] == max(row["length"] for row in own)]
+        most = max((row["length"], row["distill"]) for row in own)
+        own = [row for row in own if (row["length"], row["distill"]) == most]
         change = mean(row["final"]["nll"] / row["base"]["nll"] - 1 for row in own)
         ratios = {
             distance: sum(row["final"]["recall"][distance][0] for row in own)
@@ -114,8 +115,8 @@ def quarter() -> dict[str, Any]:
         shares = ", ".join(f"{distance}: {ratio:.2f}" for distance, ratio in ratios.items())
         seeds = ", ".join(str(row["seed"]) for row in own)
         parts.append(
-            f"{teacher}, {len(own[0]['full'])} of {own[0]['layers']} layers full, rows of {own[0]['length']}, seeds "
-            f"{seeds}: NLL {100 * change:+.2f} %, recall / teacher's {shares}"
+            f"{teacher}, {len(own[0]['full'])} of {own[0]['layers']} layers full, rows of {most[0]}, {most[1] // 1000}k "
+            f"tokens of distillation, seeds {seeds}: NLL {100 * change:+.2f} %, recall / teacher's {shares}"
         )
     return {"measured": "; ".join(parts), "met": met}
 
@@ -127,7 +128,7 @@ def _quarters() -> list[dict[str, Any]]:
     for teacher, found in _layer_studies().items():
         length = load_recipe(found["settings"]["recipe"]).stages[0].sequence_length
         for seed in found["seeds"] if teacher not in known else ():
-            row: dict[str, Any] = {"teacher": teacher, "seed": seed["seed"], "length": length}
+            row: dict[str, Any] = {"teacher": teacher, "seed": seed["seed"], "length": length, "distill": 0}
             row |= {"full": seed["choices"][CHOSEN], "layers": model_dimensions(TEACHERS[teacher]).layers}
             for name, result in (("base", seed["results"]["teacher"]), ("final", _choice(seed, CHOSEN))):
                 row[name] = {"nll": result["nll"], "recall": {d: [share] for d, share in _recall(result).items()}}

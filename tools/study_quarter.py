@@ -2,6 +2,7 @@
 
     python tools/study_quarter.py --work DIR                     both teachers, seed 0 (half an hour on one core)
     python tools/study_quarter.py --work DIR --only qwen3 --seed 1
+    python tools/study_quarter.py --work DIR --only qwen3 --distill 1600000   with a longer distillation
     python tools/study_quarter.py                                only writes the table of what was measured
 
 Each run is the recipe `demo` on one core, with `auto:N`, its teacher, a seed, rows as long as the text that is
@@ -25,13 +26,15 @@ from tools.study_memory import TEACHERS, command  # noqa: E402
 
 OUT = ROOT / "docs" / "studies" / "quarter"
 PROMPTS = 128
-LENGTHS = [512, 1024]
-"""Tokens of a training row, of which a step has 2048."""
+LENGTHS = [512, 1024, 1280]
+"""Tokens of a training row, of which a step has 2048 at most; 1280 is as far as the teachers go."""
+ALIGN, DISTILL = 400_000, 200_000
+"""Tokens of the stages of `demo`."""
 
 
-def measure(teacher: str, seed: int, length: int, work: Path) -> dict[str, Any]:
+def measure(teacher: str, seed: int, length: int, distill: int, work: Path) -> dict[str, Any]:
     """One run, and what is kept of its eval.json."""
-    folder = work / f"{teacher}-{seed}-{length}"
+    folder = work / f"{teacher}-{seed}-{length}-{distill}"
     layers = model_dimensions(TEACHERS[teacher]).layers
     settings = {
         "model": TEACHERS[teacher],
@@ -41,15 +44,16 @@ def measure(teacher: str, seed: int, length: int, work: Path) -> dict[str, Any]:
         "evaluate.benchmark": "false",
         "runtime.threads": 1,
     }
-    for stage in ("align", "distill"):
-        settings |= {f"stages.{stage}.sequence_length": length, f"stages.{stage}.batch_size": 2048 // length}
+    for stage, tokens in (("align", ALIGN), ("distill", distill)):
+        rows = {"sequence_length": length, "batch_size": 2048 // length, "tokens": tokens}
+        settings |= {f"stages.{stage}.{name}": value for name, value in rows.items()}
     changes = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     resumed = ["--resume"] if (folder / "recipe.yaml").exists() else []
     command("run", "demo", "--out", str(folder), *changes, *resumed)
     evaluation = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     chosen = json.loads((folder / "search.json").read_text(encoding="utf-8"))["full_attention_layers"]
     row: dict[str, Any] = {"teacher": teacher, "seed": seed, "layers": layers, "full": chosen, "window": 64}
-    row["length"] = length
+    row |= {"length": length, "distill": distill}
     for name in ("teacher", "final"):
         measured = evaluation[name]
         cells = measured["recall"].items()
@@ -59,17 +63,22 @@ def measure(teacher: str, seed: int, length: int, work: Path) -> dict[str, Any]:
     return row
 
 
+def key(row: dict[str, Any]) -> tuple[str, int, int, int]:
+    """The run that a row is of."""
+    return row["teacher"], row["seed"], row["length"], row["distill"]
+
+
 def page(rows: list[dict[str, Any]]) -> str:
     """docs/studies/quarter.md."""
     distances = [int(distance) for distance in rows[0]["final"]["recall"]] if rows else []
-    head = ["teacher", "seed", "rows of", "full layers", "NLL against the teacher's (95 %)"]
+    head = ["teacher", "seed", "rows of", "tokens", "full layers", "NLL against the teacher's (95 %)"]
     head += [f"recall at {distance}: teacher, student" for distance in distances]
     lines = [
         "# One layer in four full",
         "",
-        "Written by `python tools/study_quarter.py --work DIR`: the recipe `demo` (W 64, M 64, 400k tokens of "
-        f"alignment, 200k of distillation) with the layer that `auto` chooses; {PROMPTS} prompts per distance, 95 % "
-        "Wilson intervals; of the NLL, a bootstrap over windows.",
+        "Written by `python tools/study_quarter.py --work DIR`: the recipe `demo` (W 64, M 64, "
+        f"{ALIGN // 1000}k tokens of alignment, then distillation) with the layer that `auto` chooses; {PROMPTS} "
+        "prompts per distance, 95 % Wilson intervals; of the NLL, a bootstrap over windows.",
         "",
         f"| {' | '.join(head)} |",
         "|---" * len(head) + "|",
@@ -79,7 +88,8 @@ def page(rows: list[dict[str, Any]]) -> str:
             100 * value / row["base"]["nll"]
             for value in (row["final"]["nll"] - row["base"]["nll"], *row["final"]["nll_above_teacher"])
         )
-        cells = [row["teacher"], str(row["seed"]), str(row["length"]), f"{row['full']} of {row['layers']}"]
+        cells = [row["teacher"], str(row["seed"]), str(row["length"]), f"{(ALIGN + row['distill']) / 1e6:g}M"]
+        cells += [f"{row['full']} of {row['layers']}"]
         cells.append(f"{change:+.2f} % ({between[0]:+.2f} to {between[1]:+.2f})")
         for distance in map(str, distances):
             base, final = row["base"]["recall"][distance], row["final"]["recall"][distance]
@@ -94,6 +104,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(TEACHERS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--length", type=int, choices=LENGTHS, default=LENGTHS[-1], help="tokens of a training row")
+    parser.add_argument("--distill", type=int, default=DISTILL, help="tokens of the distillation")
     options = parser.parse_args()
     path = OUT.with_suffix(".json")
 
@@ -101,11 +112,11 @@ def main() -> None:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
     for teacher in options.only or TEACHERS if options.work else ():
-        run = teacher, options.seed, options.length
-        if not any((row["teacher"], row["seed"], row["length"]) == run for row in kept()):
+        run = teacher, options.seed, options.length, options.distill
+        if not any(key(row) == run for row in kept()):
             row = measure(*run, options.work)
             write_json(path, [*kept(), row])
-    rows = sorted(kept(), key=lambda row: (list(TEACHERS).index(row["teacher"]), row["seed"], row["length"]))
+    rows = sorted(kept(), key=lambda row: (list(TEACHERS).index(row["teacher"]), *key(row)[1:]))
     write_text(OUT.with_suffix(".md"), page(rows))
 
 

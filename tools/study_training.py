@@ -80,7 +80,15 @@ EXTENSIONS: dict[str, Variant] = {
     "128 slots": ({"slots": 128}, [ALIGN]),
     "256 slots in all, 160 of them in layer 1": ({"slots": [32, 160, 32, 32]}, [ALIGN]),
 }
-TABLES = {"Objectives": OBJECTIVES, "Extensions": EXTENSIONS}
+DISTILLED: dict[str, Variant] = {
+    f"{name}, distilled": (EXTENSIONS[name][0], [HALF, WHOLE])
+    for name in ("scale alone", "bias alone", "neither", "the paper's layer and start", "no sinks")
+}
+TABLES = {
+    "Objectives": OBJECTIVES,
+    "Extensions": EXTENSIONS,
+    "Extensions after distillation": {"KL, gates and LoRA": OBJECTIVES["KL, gates and LoRA"], **DISTILLED},
+}
 
 
 def study_recipe(variant: Variant, seed: int) -> Recipe:
@@ -169,7 +177,7 @@ def main() -> None:
     logging.disable_progress_bar()
     path = OUT.with_suffix(".json")
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    for name, variant in {**OBJECTIVES, **EXTENSIONS}.items() if options.work else ():
+    for name, variant in {**OBJECTIVES, **EXTENSIONS, **DISTILLED}.items() if options.work else ():
         known = any((row["variant"], row["seed"]) == (name, options.seed) for row in rows)
         if known or name not in (options.only or [name]):
             continue
