@@ -115,8 +115,9 @@ def quarter() -> dict[str, Any]:
         shares = ", ".join(f"{distance}: {ratio:.2f}" for distance, ratio in ratios.items())
         seeds = ", ".join(str(row["seed"]) for row in own)
         parts.append(
-            f"{teacher}, {len(own[0]['full'])} of {own[0]['layers']} layers full, rows of {most[0]}, {most[1] // 1000}k "
-            f"tokens of distillation, seeds {seeds}: NLL {100 * change:+.2f} %, recall / teacher's {shares}"
+            f"{teacher}, {len(own[0]['full'])} of {own[0]['layers']} layers full, rows of {most[0]}, "
+            f"{most[1] // 1000}k tokens of distillation, seeds {seeds}: NLL {100 * change:+.2f} %, "
+            f"recall / teacher's {shares}"
         )
     return {"measured": "; ".join(parts), "met": met}
 
