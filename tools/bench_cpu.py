@@ -1,6 +1,6 @@
 """Measure NHA on the CPU against the teacher with its KV cache; write kernels/bench/results/cpu-bf16.{json,md}.
 
-    python tools/bench_cpu.py                                                      Qwen2.5-0.5B's shapes (7 minutes)
+    python tools/bench_cpu.py                                                      Qwen2.5-0.5B's shapes (12 minutes)
     python tools/bench_cpu.py --tokens 512 --layers 2 --vocabulary 1000 --contexts 128 1024 --out /tmp/cpu    seconds
 
 A randomly initialised model of those shapes is converted in memory, so that every layer is NHA; the teacher is the same
@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config  # noqa: E402
 
 from nha_convert.convert import nha_config  # noqa: E402
 from nha_convert.evaluate import benchmark  # noqa: E402
-from nha_convert.evaluate.benchmark import prefill, timed  # noqa: E402
+from nha_convert.evaluate.benchmark import MODES, compared, prefill, timed  # noqa: E402
 from nha_convert.gate_init import init_gates  # noqa: E402
 from nha_convert.modeling.attention_nha import nha_layers, teacher_mode  # noqa: E402
 from nha_convert.provenance import processor  # noqa: E402
@@ -53,11 +53,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 8192, 32768], help="of the decode steps")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens per call of the chunked prefill; 0: leave out")
-    parser.add_argument("--repeats", type=int, default=1, help="prefills of each kind; the fastest counts")
-    parser.add_argument(
-        "--attention-repeats", type=int, default=5, help="runs of the attention alone; the median counts"
-    )
-    parser.add_argument("--steps", type=int, default=10, help="timed decode steps per context; the median counts")
+    parser.add_argument("--repeats", type=int, default=2, help="prefills of each kind; the median counts")
+    parser.add_argument("--attention-repeats", type=int, default=7, help="runs of the attention alone")
+    parser.add_argument("--steps", type=int, default=15, help="timed decode steps per context")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="bf16 is what transformers loads")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -91,22 +89,24 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def measure_prefill(model: Any, options: argparse.Namespace) -> dict[str, float]:
+def measure_prefill(model: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds for all tokens: at once, and in chunks, for teacher and student."""
     ids = torch.randint(0, options.vocabulary, (1, options.tokens))
     kinds = {"whole": options.tokens} | ({"chunked": options.chunk} if options.chunk else {})
-    best: dict[str, float] = {}
+    seconds: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in MODES} for name in kinds}
     for name, chunk in [(n, c) for _ in range(options.repeats) for n, c in kinds.items()]:
-        for mode in ("student", "teacher"):
+        for mode in MODES:
             with teacher_mode(model) if mode == "teacher" else contextlib.nullcontext():
-                seconds = timed(lambda chunk=chunk: prefill(model, ids, chunk))  # type: ignore[misc]
-            say(f"prefill {options.tokens} {name} {mode}: {seconds:.2f} s")
-            best[f"{mode}_{name}"] = min(seconds, best.get(f"{mode}_{name}", seconds))
-    return best
+                taken = timed(lambda chunk=chunk: prefill(model, ids, chunk))  # type: ignore[misc]
+            say(f"prefill {options.tokens} {name} {mode}: {taken:.2f} s")
+            seconds[name][mode].append(taken)
+    faster = {mode: min((runs[mode] for runs in seconds.values()), key=statistics.median) for mode in MODES}
+    found = seconds | {"faster": faster, "one_call": faster | {"teacher": seconds["whole"]["teacher"]}}
+    return {name: compared(runs) for name, runs in found.items()}
 
 
-def measure_attention(options: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of one layer's attention: the op (rotation and final state included) and causal SDPA (without)."""
+def measure_attention(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of one layer's attention: the op (rotation and final state included) and causal SDPA (without)."""
     tokens, dtype = options.tokens, DTYPES[options.dtype]
 
     def normal(*shape: int) -> torch.Tensor:
@@ -139,18 +139,19 @@ def measure_attention(options: argparse.Namespace) -> dict[str, float]:
         runs["student"].append(timed(student))
         runs["teacher"].append(timed(teacher))
     say(f"attention {tokens}: " + ", ".join(f"{name} {min(x):.3f} to {max(x):.3f} s" for name, x in runs.items()))
-    return {name: statistics.median(x) for name, x in runs.items()}
+    return compared(runs)
 
 
 def measure_decode(model: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Per context: median seconds per token of both, step by step in turns, and the bytes of their caches."""
+    """Per context: seconds per token of both, step by step in turns, and the bytes of their caches."""
     settings = EvaluateSettings(benchmark_repeats=options.steps, benchmark_seconds=1e9)
     rows = []
     for context in options.contexts:
         measured = benchmark.measure_decode({"student": model, "teacher": model}, context, settings)
         row: dict[str, Any] = {"context": context, "bytes": measured["cache_bytes"]}
-        row |= {mode: measured[mode]["median"] for mode in benchmark.MODES}
-        say(f"decode at {context}: student {row['student'] * 1e3:.1f} ms, teacher {row['teacher'] * 1e3:.1f} ms")
+        row |= {name: measured[name] for name in (*MODES, "ratio")}
+        both = (f"{mode} {row[mode]['median'] * 1e3:.1f} ms" for mode in MODES)
+        say(f"decode at {context}: {', '.join(both)}")
         rows.append(row)
     return rows
 
@@ -178,28 +179,29 @@ def table(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
     sizes, prefills, attention = results["sizes"], results["prefill"], results["attention"]
     tokens, rows = sizes["tokens"], []
 
-    def row(what: str, teacher: float, student: float, unit: str, factor: float, target: float | None) -> None:
+    def row(what: str, measured: dict[str, Any], unit: str, factor: float, target: float | None) -> None:
         wanted = "" if target is None else f">= {target:g}x"
-        theirs, ours = (f"{x * factor:.4g} {unit}" for x in (teacher, student))
-        rows.append((what, theirs, ours, wanted, f"{teacher / student:.2f}x"))
+        theirs, ours = (f"{measured[mode]['median'] * factor:.4g} {unit}" for mode in MODES)
+        ratio = measured["ratio"]
+        spread = f"({ratio['low']:.2f} to {ratio['high']:.2f})"
+        rows.append((what, theirs, ours, wanted, f"{ratio['median']:.2f}x {spread}"))
 
-    names = [name.removeprefix("student_") for name in prefills if name.startswith("student_")]
-    for name in names:
-        how = "in one call" if name == "whole" else f"in calls of {sizes['chunk']}"
-        row(f"prefill of {tokens}, each {how}", prefills[f"teacher_{name}"], prefills[f"student_{name}"], "s", 1, None)
-    best = {mode: min(prefills[f"{mode}_{name}"] for name in names) for mode in ("teacher", "student")}
-    row(f"prefill of {tokens}, the faster of each", best["teacher"], best["student"], "s", 1, TARGETS["prefill"])
-    one_call = prefills["teacher_whole"]
-    row(f"prefill of {tokens}, teacher in one call, student its faster", one_call, best["student"], "s", 1, None)
-    what = f"attention alone, {tokens} tokens, one layer"
-    row(what, attention["teacher"], attention["student"], "ms", 1e3, TARGETS["attention"])
+    for name in ("whole", "chunked"):
+        if name in prefills:
+            how = "in one call" if name == "whole" else f"in calls of {sizes['chunk']}"
+            row(f"prefill of {tokens}, each {how}", prefills[name], "s", 1, None)
+    row(f"prefill of {tokens}, the faster of each", prefills["faster"], "s", 1, TARGETS["prefill"])
+    row(f"prefill of {tokens}, teacher in one call, student its faster", prefills["one_call"], "s", 1, None)
+    row(f"attention alone, {tokens} tokens, one layer", attention, "ms", 1e3, TARGETS["attention"])
     last = results["decode"][-1]["context"]
     for step in results["decode"]:
-        here, target = step["context"], TARGETS["decode"] if step["context"] == last else None
-        row(f"decode per token at {here}", step["teacher"], step["student"], "ms", 1e3, target)
+        target = TARGETS["decode"] if step["context"] == last else None
+        row(f"decode per token at {step['context']}", step, "ms", 1e3, target)
     for step in results["decode"]:
-        here, target = step["context"], TARGETS["cache"] if step["context"] == last else None
-        row(f"cache at {here}", step["bytes"]["teacher"], step["bytes"]["student"], "MB", 1e-6, target)
+        wanted = f">= {TARGETS['cache']:g}x" if step["context"] == last else ""
+        theirs, ours = (step["bytes"][mode] for mode in MODES)
+        megabytes = f"{theirs * 1e-6:.4g} MB", f"{ours * 1e-6:.4g} MB"
+        rows.append((f"cache at {step['context']}", *megabytes, wanted, f"{theirs / ours:.2f}x"))
     return rows
 
 
@@ -215,8 +217,9 @@ def page(results: dict[str, Any]) -> str:
         "",
         f"Random weights in Qwen2.5-0.5B's shapes ({sizes['layers']} layers, vocabulary {sizes['vocabulary']}), every "
         f"layer NHA with W {WINDOW}, M {SLOTS}, {SINKS} sinks. The teacher is the same model in teacher mode, with "
-        "SDPA and its `DynamicCache`; both run in one process, in turns. Prefill: fastest of "
-        f"{sizes['repeats']}; attention: median of {sizes['attention_repeats']}; decode: median of {sizes['steps']}. "
+        "SDPA and its `DynamicCache`; both run in one process, in turns. Medians of "
+        f"{sizes['repeats']} prefills, {sizes['attention_repeats']} runs of the attention, {sizes['steps']} decoded "
+        "tokens; in brackets the 10 % and 90 % quantiles of the ratio. Random numbers are seeded with 0. "
         "For decoding, the teacher's cache is filled with random keys and values; the student reads a few windows, and "
         "its position is moved to the context.",
         "",
@@ -231,6 +234,7 @@ def main() -> None:
     """Measure and write."""
     options = arguments()
     torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
     names = ("tokens", "layers", "vocabulary", "chunk", "repeats", "attention_repeats", "steps", "dtype")
     results: dict[str, Any] = {"environment": environment(), "sizes": {name: getattr(options, name) for name in names}}
     with torch.inference_mode():
@@ -251,7 +255,13 @@ def write_readme(results: dict[str, Any]) -> None:
     path, marker = ROOT / "README.md", "<!-- cpu-table -->"
     before, _, after = path.read_text(encoding="utf-8").split(marker)
     e = results["environment"]
-    note = f"Qwen2.5-0.5B's shapes, all layers NHA, M {SLOTS}, W {WINDOW}, bf16, {e['cores']} cores of {e['cpu']}."
+    sizes = results["sizes"]
+    note = (
+        f"Qwen2.5-0.5B's shapes, all layers NHA, M {SLOTS}, W {WINDOW}, bf16, {e['cores']} cores of {e['cpu']}, seed "
+        f"0. Medians of {sizes['repeats']} prefills, {sizes['attention_repeats']} runs of the attention and "
+        f"{sizes['steps']} decoded tokens, teacher and student in turns; in brackets the 10 % and 90 % quantiles of "
+        "the ratio."
+    )
     lines = ["| | teacher | NHA | target | measured |", "|---|---|---|---|---|"]
     lines += ["| " + " | ".join(row) + " |" for row in table(results)]
     block = "\n".join([marker, *lines, "", note + " Written by `python tools/bench_cpu.py`.", marker])

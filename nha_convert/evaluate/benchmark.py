@@ -207,9 +207,14 @@ def _turns(work: Callable[[str], tuple[float, int | None]], repeats: int, limit:
             seconds[mode].append(duration)
             if peak is not None:
                 working[mode].append(peak)
+    peaks = {mode: max(found) for mode, found in working.items() if found}
+    return compared(seconds) | ({"working_bytes": peaks} if peaks else {})
+
+
+def compared(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """{mode: `summary` of its seconds}, and "ratio": one of teacher / student of each turn."""
     ratios = [teacher / student for teacher, student in zip(seconds["teacher"], seconds["student"])]
-    row: dict[str, Any] = {mode: summary(seconds[mode]) for mode in MODES} | {"ratio": summary(ratios)}
-    return row | ({"working_bytes": {mode: max(working[mode]) for mode in MODES}} if working["student"] else {})
+    return {mode: summary(seconds[mode]) for mode in MODES} | {"ratio": summary(ratios)}
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
