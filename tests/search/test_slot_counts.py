@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from needy import LAYERS, small_recipe
+from needy import LAYERS, NEEDY, small_recipe
 from typer.testing import CliRunner
 
 from nha_convert.app import app
@@ -71,6 +71,29 @@ def test_the_cache_of_the_recipes_own_slots_is_used_up(recipe_file: Path) -> Non
             if losses[str(layer)][str(more)] < losses[str(layer)][str(count)]:
                 step = [sizes.nha_cache_bytes(nha, one, windows[layer], 4) for one in (count, more)]
                 assert found["choice"]["bytes"] + step[1] - step[0] > own
+
+
+@pytest.mark.parametrize("method", ["kl", "restore"])
+def test_what_a_method_measures_of_a_count(recipe_file: Path, method: str) -> None:
+    """The layer that needs distant tokens costs most, whatever its count; restored, no more than all cost together."""
+    found = find_slots(search_request(str(recipe_file), slots="2,16", method=method))
+    assert found["method"] == method
+    losses = {int(layer): row for layer, row in found["losses"].items()}
+    assert list(losses) == list(range(LAYERS))
+    for point, count in zip(found["curve"], ("2", "16"), strict=True):
+        assert max(losses, key=lambda layer: losses[layer][count]) == NEEDY
+        assert 0 < losses[NEEDY][count] < point["kl"]
+
+
+def test_recall_is_given_slots() -> None:
+    """In the embedded teacher one layer recalls: it is the one that loses answers, and it gets the slots."""
+    overrides = ["nha.window=32", "nha.sinks=0", "nha.full_attention_layers=[]", "runtime.threads=1"]
+    overrides += ["nha.slots=20", "stages.align.sequence_length=128", "search.sequence_length=256", "search.tokens=4k"]
+    found = find_slots(search_request("demo", slots="4,64", method="recall", overrides=overrides))
+    losses = {int(layer): row for layer, row in found["losses"].items()}
+    assert max(losses, key=lambda layer: losses[layer]["4"]) == 1
+    assert losses[1]["64"] < losses[1]["4"]
+    assert found["choice"]["slots"] == [4, 64, 4, 4]
 
 
 def test_a_budget_and_a_layer_that_stays_full(recipe_file: Path) -> None:
