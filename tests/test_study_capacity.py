@@ -1,0 +1,48 @@
+"""The yardstick of capacity: its mask against a loop, and that with everything kept it is the teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from nha_convert.convert import load_student
+from nha_convert.modeling.attention_nha import branch_mode, teacher_mode
+from nha_convert.settings import NHASettings
+from tools import study_capacity
+
+
+def test_who_is_kept() -> None:
+    """Against a loop over queries and tokens."""
+    torch.manual_seed(0)
+    attention = torch.rand(2, 3, 20, 20).tril().div(20)
+    found = study_capacity.visible(attention, window=4, kept=5)
+    for batch in range(2):
+        for head in range(3):
+            for query in range(20):
+                far = range(max(0, query - 3))
+                later = {token: float(attention[batch, head, max(query, token + 4) :, token].sum()) for token in far}
+                kept = sorted(later, key=lambda token: later[token])[-5:]
+                wanted = {*kept, *range(max(0, query - 3), query + 1)}
+                assert set(found[batch, head, query].nonzero().flatten().tolist()) == wanted
+
+
+def test_everything_kept_is_the_teacher(pico_llama: Path) -> None:
+    model = load_student(pico_llama, NHASettings(window=4, slots=8, sinks=0), dtype=torch.float32).eval()
+    ids = torch.randint(0, 200, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), teacher_mode(model):
+        wanted = model(ids).logits
+    with torch.no_grad(), branch_mode(model, "window"):
+        window = model(ids).logits
+    with torch.no_grad(), study_capacity.keeping(40):
+        torch.testing.assert_close(model(ids).logits, wanted, atol=1e-4, rtol=0)
+        with branch_mode(model, "window"):
+            assert torch.equal(model(ids).logits, window)
+    with torch.no_grad(), study_capacity.keeping(2):
+        few = model(ids).logits
+    assert (few - wanted).abs().max() > 1e-3 and not torch.equal(few, window)
+
+
+def test_the_page() -> None:
+    rows = [{"teacher": "embedded", "window": 32, "kept": kept, "recovery": kept / 256} for kept in study_capacity.KEPT]
+    assert "| embedded | 32 | 0.062 | 0.125 | 0.250 | 0.500 | 1.000 |" in study_capacity.page(rows)
