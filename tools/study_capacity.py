@@ -131,8 +131,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         "# What as many exact tokens would recall",
         "",
         "Written by `python tools/study_capacity.py`; nothing is trained, nothing random. In every layer and key/value "
-        "head a query sees its window and, of all tokens that have left it, those that the teacher's attention will give "
-        "most to from there on: an eviction that knows the future, with exact keys, values and positions. The text is "
+        "head a query sees its window and, of all tokens that have left it, those that the teacher attends to most "
+        "from there on: an eviction that knows the future, with exact keys, values and positions. The text is "
         "that of [memory.md](memory.md). Slots may do better (they merge tokens, and the model learns to ask them) and "
         "no memory knows what will be asked: this is a yardstick, not a bound.",
         "",
