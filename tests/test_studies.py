@@ -191,8 +191,7 @@ def test_variants_of_the_training_study() -> None:
         "nll": 4.0,
         "nll_window": 4.2,
         "layers": [{"nll_gain": 0.1, "interval": [0.05, 0.2]}, {"nll_gain": 0.0, "interval": None}],
-        "seconds": 90.0,
         "recall": {"64": 0.5},
     }
     text = study_training.page([row], "# Title\n\n")
-    assert "| alignment | 0 | 0.600 | – | 4.0000 | 4.2000 | 1 of 2 | 1.5 | 0.50 |" in text
+    assert "| alignment | 0 | 0.600 | – | 4.0000 | 4.2000 | 1 of 2 | 0.50 |" in text

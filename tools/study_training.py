@@ -1,6 +1,6 @@
 """What to train, on what, and which extensions of the layer help: variants of one recipe, into docs/studies/training.*
 
-    python tools/study_training.py --work DIR                              all variants, seed 0 (40 minutes on one core)
+    python tools/study_training.py --work DIR                              all variants, seed 0 (an hour on one core)
     python tools/study_training.py --work DIR --only "far_weight 1"        some of them
     python tools/study_training.py                                         only writes the tables of what was measured
 
@@ -153,7 +153,7 @@ def page(rows: list[dict[str, Any]], before: str) -> str:
         if not found:
             continue
         distances = sorted({int(distance) for row in found for distance in row["recall"]})
-        head = ["variant", "seed", "recovery", "95 %", "NLL", "window alone", "layers that help", "minutes"]
+        head = ["variant", "seed", "recovery", "95 %", "NLL", "window alone", "layers that help"]
         head += [f"recall {distance}" for distance in distances]
         lines += [f"## {title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for row in found:
@@ -161,7 +161,6 @@ def page(rows: list[dict[str, Any]], before: str) -> str:
             help_ = sum(bool(one["interval"]) and one["interval"][0] > 0 for one in row["layers"])
             cells = [row["variant"], str(row["seed"]), f"{row['recovery']:.3f}", interval]
             cells += [f"{row['nll']:.4f}", f"{row['nll_window']:.4f}", f"{help_} of {len(row['layers'])}"]
-            cells += [f"{row['seconds'] / 60:.1f}"]
             cells += [f"{row['recall'][str(d)]:.2f}" if str(d) in row["recall"] else "–" for d in distances]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
