@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +111,6 @@ def measured(name: str, variant: Variant, seed: int, work: Path) -> dict[str, An
         calibrate_gates(model, recipe.nha, calibration_ids(recipe, tokenizer), seed=seed)
     run_dir = work / f"{name.replace(' ', '-').replace('/', '')}-{seed}"
     run_dir.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
 
     def teacher() -> torch.nn.Module:
         return load_student(folder, recipe.nha, dtype=torch.float32)
@@ -123,7 +121,6 @@ def measured(name: str, variant: Variant, seed: int, work: Path) -> dict[str, An
     for index in range(len(recipe.stages)):
         own = teacher if recipe.needs_teacher(index) else None
         model, _ = run_stage(model, tokenizer, recipe, index, run_dir, resume=True, quiet=True, teacher=own)
-    seconds = time.perf_counter() - started
     text = held_out_tokens(study_recipe(variant, 0), tokenizer)  # the same for all seeds
     filler = recall_filler(recipe, tokenizer)
     row = evaluate_student(
@@ -140,7 +137,6 @@ def measured(name: str, variant: Variant, seed: int, work: Path) -> dict[str, An
         "nll_window": row["ablation"]["window"],
         "recall": {distance: cell["exact_match"] for distance, cell in row["recall"].items()},
         "layers": [{"nll_gain": one["nll_gain"], "interval": one["interval"]} for one in row["layer_ablation"]],
-        "seconds": round(seconds, 1),
     }
 
 
