@@ -122,7 +122,7 @@ def test_the_line_of_a_quarter(studies: Path) -> None:
     layers = {"settings": {"full": 1, "recipe": "demo"}, "seeds": [layer_seed(0, 0.98, 0.2)]}
     (studies / "layers.json").write_text(json.dumps(layers))
     found = write(quarter_row("a", 0.98))
-    said = "embedded, 1 of 4 layers full, rows of 512, 0k tokens of distillation, seeds 0"
+    said = "embedded, 1 of 4 layers full, rows of 512, alignment alone, seeds 0"
     assert found["met"] and said in found["measured"]
     (studies / "layers.json").unlink()
     found = write(quarter_row("a", 0.98), quarter_row("b", 0.96))
@@ -130,6 +130,8 @@ def test_the_line_of_a_quarter(studies: Path) -> None:
     assert found["met"] and said in found["measured"]
     shorter = {**quarter_row("b", 0.5), "length": 512}
     assert write(quarter_row("a", 0.98), shorter, quarter_row("b", 0.96))["met"], "of the longest rows"
+    less = {**quarter_row("b", 0.5), "length": 1280, "distill": 100_000}
+    assert write(quarter_row("a", 0.98), less, quarter_row("b", 0.96))["met"], "of the longest training"
     assert not write(quarter_row("a", 0.98), quarter_row("b", 0.94))["met"]
     assert not write(quarter_row("a", 0.98), quarter_row("b", 0.98, change=0.011))["met"]
 
@@ -178,7 +180,7 @@ def test_the_memory_page() -> None:
 
 
 def test_variants_of_the_training_study() -> None:
-    for name, variant in {**study_training.OBJECTIVES, **study_training.EXTENSIONS, **study_training.DISTILLED}.items():
+    for name, variant in study_training.VARIANTS.items():
         recipe = study_training.study_recipe(variant, 2)
         assert sum(stage.tokens for stage in recipe.stages) == study_training.TOKENS, name
     paper = study_training.study_recipe(study_training.EXTENSIONS["the paper's layer and start"], 0).nha

@@ -30,16 +30,21 @@ def test_who_is_kept() -> None:
 def test_everything_kept_is_the_teacher(pico_llama: Path) -> None:
     model = load_student(pico_llama, NHASettings(window=4, slots=8, sinks=0), dtype=torch.float32).eval()
     ids = torch.randint(0, 200, (2, 40), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), teacher_mode(model):
-        wanted = model(ids).logits
-    with torch.no_grad(), branch_mode(model, "window"):
-        window = model(ids).logits
-    with torch.no_grad(), study_capacity.keeping(40):
-        torch.testing.assert_close(model(ids).logits, wanted, atol=1e-4, rtol=0)
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return model(ids, use_cache=False).logits
+
+    with teacher_mode(model):
+        wanted = logits()
+    with branch_mode(model, "window"):
+        window = logits()
+    with study_capacity.keeping(40):
+        torch.testing.assert_close(logits(), wanted, atol=1e-4, rtol=0)
         with branch_mode(model, "window"):
-            assert torch.equal(model(ids).logits, window)
-    with torch.no_grad(), study_capacity.keeping(2):
-        few = model(ids).logits
+            assert torch.equal(logits(), window)
+    with study_capacity.keeping(2):
+        few = logits()
     assert (few - wanted).abs().max() > 1e-3 and not torch.equal(few, window)
 
 

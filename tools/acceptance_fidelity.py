@@ -103,8 +103,9 @@ def quarter() -> dict[str, Any]:
     met = len(teachers) >= 2
     for teacher in teachers:
         own = [row for row in rows if row["teacher"] == teacher]
-        most = max((row["length"], row["distill"]) for row in own)
-        own = [row for row in own if (row["length"], row["distill"]) == most]
+        most = max((row["distill"], row["length"]) for row in own)
+        own = [row for row in own if (row["distill"], row["length"]) == most]
+        trained = f"{most[0] // 1000}k tokens of distillation" if most[0] else "alignment alone"
         change = mean(row["final"]["nll"] / row["base"]["nll"] - 1 for row in own)
         ratios = {
             distance: sum(row["final"]["recall"][distance][0] for row in own)
@@ -115,8 +116,8 @@ def quarter() -> dict[str, Any]:
         shares = ", ".join(f"{distance}: {ratio:.2f}" for distance, ratio in ratios.items())
         seeds = ", ".join(str(row["seed"]) for row in own)
         parts.append(
-            f"{teacher}, {len(own[0]['full'])} of {own[0]['layers']} layers full, rows of {most[0]}, "
-            f"{most[1] // 1000}k tokens of distillation, seeds {seeds}: NLL {100 * change:+.2f} %, "
+            f"{teacher}, {len(own[0]['full'])} of {own[0]['layers']} layers full, rows of {most[1]}, "
+            f"{trained}, seeds {seeds}: NLL {100 * change:+.2f} %, "
             f"recall / teacher's {shares}"
         )
     return {"measured": "; ".join(parts), "met": met}

@@ -192,5 +192,7 @@ def cpu() -> dict[str, Any]:
 def _unchanged(commit: str) -> bool:
     """Whether nothing that the CPU benchmark measures differs from a commit."""
     names = ["adjoint", "blocks", "chunked", "core", "decode_torch", "rotary", "segments", "tiles"]
-    measured = [f"kernels/nha_kernels/{name}.py" for name in names] + ["nha_convert/modeling"]
+    measured = [f"kernels/nha_kernels/{name}.py" for name in names] + [
+        *("nha_convert/modeling", "nha_convert/evaluate/benchmark.py", "tools/bench_cpu.py")
+    ]
     return subprocess.run(["git", "diff", "--quiet", commit, "--", *measured], cwd=ROOT).returncode == 0

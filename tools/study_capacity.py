@@ -1,15 +1,17 @@
-"""What so many exact tokens per head would recall, chosen by who is asked for later, into docs/studies/capacity.*
+"""What so many exact tokens per head would recall, chosen by what is asked for later, into docs/studies/capacity.*
 
     python tools/study_capacity.py            both teachers, windows of 32 and 64 (15 minutes on one core)
+    python tools/study_capacity.py --table    only writes the table of what was measured
 
-Nothing is trained. In every layer a query sees its window and, of all that has left it, the tokens that the teacher's
-own attention will give most to from there on: as many as an NHA layer has slots, with their exact keys, values and
+Nothing is trained. In every layer a query sees its window and, of all that has left it, the tokens that full attention
+in this layer will give most to from there on: as many as an NHA layer has slots, with their exact keys, values and
 positions. No memory can know that; what it would recover is a yardstick for what slots do recover (memory.md).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -46,6 +48,8 @@ KEPT = (16, 32, 64, 128, 256)
 
 def visible(attention: Tensor, window: int, kept: int) -> Tensor:
     """Which tokens a query may see: its window, and the tokens beyond it that are asked for most from there on.
+
+    Each query chooses anew among all: what one leaves out, a later one may have.
 
     Args:
         attention: [B, G, T, T], what each query gives each token, summed over the heads of a key's head.
@@ -101,7 +105,8 @@ def keeping(kept: int) -> Iterator[None]:
         if branch != "both":
             output, *_ = nha_attention(query, key, value, log_decay, branch=branch, **options)
             return output, None
-        assert not options["sinks"] and options.get("padding_mask") is None and options.get("cu_seqlens") is None
+        assert not options["sinks"]
+        assert all(options.get(name) is None for name in ("padding_mask", "cu_seqlens", "initial_state"))
         wanted = {name: options[name] for name in ("window", "cos", "sin", "scale")}
         return attend(query, key, value, kept=kept, **wanted), None
 
@@ -131,10 +136,11 @@ def page(rows: list[dict[str, Any]]) -> str:
         "# What as many exact tokens would recall",
         "",
         "Written by `python tools/study_capacity.py`; nothing is trained, nothing random. In every layer and key/value "
-        "head a query sees its window and, of all tokens that have left it, those that the teacher attends to most "
-        "from there on: an eviction that knows the future, with exact keys, values and positions. The text is "
-        "that of [memory.md](memory.md). Slots may do better (they merge tokens, and the model learns to ask them) and "
-        "no memory knows what will be asked: this is a yardstick, not a bound.",
+        "head a query sees its window and, of all tokens that have left it, those that full attention in this layer "
+        "gives most to from there on, with exact keys, values and positions. The choice knows what will be asked and "
+        "is made anew for each query, which no eviction can. Slots may still do better: they merge tokens, and the model "
+        "learns to ask them. So this is a yardstick, not a bound. Text, rows and teachers are those of "
+        "[memory.md](memory.md).",
         "",
         f"| teacher | window | {' | '.join(f'{kept} kept' for kept in KEPT)} |",
         "|---" * (len(KEPT) + 2) + "|",
@@ -148,13 +154,16 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="measure nothing")
+    options = parser.parse_args()
     logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    with torch.no_grad():
-        rows = [row for teacher in TEACHERS for window in WINDOWS for row in measured(teacher, window)]
-    write_json(OUT.with_suffix(".json"), rows)
-    write_text(OUT.with_suffix(".md"), page(rows))
+    path = OUT.with_suffix(".json")
+    if not options.table:
+        with torch.no_grad():
+            write_json(path, [row for teacher in TEACHERS for window in WINDOWS for row in measured(teacher, window)])
+    write_text(OUT.with_suffix(".md"), page(json.loads(path.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     python tools/study_quarter.py --work DIR --only qwen3 --distill 1600000   with a longer distillation
     python tools/study_quarter.py                                only writes the table of what was measured
 
-Each run is the recipe `demo` on one core, with `auto:N`, its teacher, a seed, rows as long as the text that is
-evaluated, and 128 recall prompts per distance.
+Each run is the recipe `demo` on one core, with `auto:N`, its teacher, a seed, rows of 1280 tokens (the farthest
+question stands at 1024 and more), and 128 recall prompts per distance.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from nha_convert.files import write_json, write_text  # noqa: E402
 from nha_convert.plan import model_dimensions  # noqa: E402
+from nha_convert.recipe import load_recipe  # noqa: E402
 from tools.study_memory import TEACHERS, command  # noqa: E402
 
 OUT = ROOT / "docs" / "studies" / "quarter"
 PROMPTS = 128
 LENGTHS = [512, 1024, 1280]
 """Tokens of a training row, of which a step has 2048 at most; 1280 is as far as the teachers go."""
-ALIGN, DISTILL = 400_000, 200_000
-"""Tokens of the stages of `demo`."""
+ALIGN, DISTILL = (stage.tokens for stage in load_recipe("demo").stages)
+MOST = 4_000_000
+"""Tokens that a run may take."""
 
 
 def measure(teacher: str, seed: int, length: int, distill: int, work: Path) -> dict[str, Any]:
@@ -78,7 +80,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         "",
         "Written by `python tools/study_quarter.py --work DIR`: the recipe `demo` (W 64, M 64, "
         f"{ALIGN // 1000}k tokens of alignment, then distillation) with the layer that `auto` chooses; {PROMPTS} "
-        "prompts per distance, 95 % Wilson intervals; of the NLL, a bootstrap over windows.",
+        "prompts per distance, 95 % Wilson intervals; of the NLL, a bootstrap over windows. A step has 2048 "
+        "tokens, with rows of 1280 one row.",
         "",
         f"| {' | '.join(head)} |",
         "|---" * len(head) + "|",
@@ -106,6 +109,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, choices=LENGTHS, default=LENGTHS[-1], help="tokens of a training row")
     parser.add_argument("--distill", type=int, default=DISTILL, help="tokens of the distillation")
     options = parser.parse_args()
+    if not 0 < options.distill <= MOST - ALIGN:
+        raise SystemExit(f"--distill {options.distill}: allowed are 1 to {MOST - ALIGN}")
     path = OUT.with_suffix(".json")
 
     def kept() -> list[dict[str, Any]]:

@@ -88,6 +88,7 @@ TABLES = {
     "Extensions": EXTENSIONS,
     "Extensions after distillation": {"KL, gates and LoRA": OBJECTIVES["KL, gates and LoRA"], **DISTILLED},
 }
+VARIANTS = {name: variant for table in TABLES.values() for name, variant in table.items()}
 
 
 def study_recipe(variant: Variant, seed: int) -> Recipe:
@@ -172,7 +173,7 @@ def main() -> None:
     logging.disable_progress_bar()
     path = OUT.with_suffix(".json")
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    for name, variant in {**OBJECTIVES, **EXTENSIONS, **DISTILLED}.items() if options.work else ():
+    for name, variant in VARIANTS.items() if options.work else ():
         known = any((row["variant"], row["seed"]) == (name, options.seed) for row in rows)
         if known or name not in (options.only or [name]):
             continue

@@ -208,12 +208,12 @@ def _turns(work: Callable[[str], tuple[float, int | None]], repeats: int, limit:
             if peak is not None:
                 working[mode].append(peak)
     peaks = {mode: max(found) for mode, found in working.items() if found}
-    return compared(seconds) | ({"working_bytes": peaks} if peaks else {})
+    return in_turns(seconds) | ({"working_bytes": peaks} if peaks else {})
 
 
-def compared(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """{mode: `summary` of its seconds}, and "ratio": one of teacher / student of each turn."""
-    ratios = [teacher / student for teacher, student in zip(seconds["teacher"], seconds["student"])]
+def in_turns(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """{mode: `summary` of its seconds}, and "ratio": one of teacher / student, the n-th run of each being a turn."""
+    ratios = [teacher / student for teacher, student in zip(seconds["teacher"], seconds["student"], strict=True)]
     return {mode: summary(seconds[mode]) for mode in MODES} | {"ratio": summary(ratios)}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from ..convert import load_student
-from ..devices import find_device
+from ..devices import working_device
 from ..files import write_json, write_text
 from ..model_source import resolve_model
 from ..plan import model_dimensions
@@ -92,7 +92,7 @@ def choose_for_swap(recipe: Recipe, *, quiet: bool = True) -> tuple[Recipe, dict
         InputError: the model or the text is wrong.
     """
     folder = resolve_model(recipe.model)
-    place = find_device(recipe.runtime.device)
+    place = working_device(recipe.runtime.device, recipe.runtime.threads)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = prepared_text(recipe, tokenizer, quiet=quiet)
     model = load_student(folder, all_converted(recipe).nha, seed=recipe.seed).to(place)

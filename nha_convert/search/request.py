@@ -16,7 +16,7 @@ from ..recipe import Recipe, load_recipe, swap_recipe
 from ..settings_types import DEFAULT_METHOD, SEARCH_METHODS
 from ..text_sources import text_files
 from ..weights.weight_files import check_weights
-from .slot_request import check_counts, slot_counts_named, windows_with_slots
+from .slot_request import check_slot_counts, slot_counts_named, windows_with_slots
 
 WINDOWS = (64, 256, 1024)
 """Windows that are tried where none are named, if rows are at least twice as long."""
@@ -127,10 +127,13 @@ def search_request(
         config = config | {"model_type": str(config["model_type"]).removeprefix("nha_")}
     sizes = dimensions_of(model, config)
     length = min(recipe.search.sequence_length or recipe.evaluate.sequence_length, sizes.context)
-    if counts is None:
+    if slots is None:
         own = _own_windows(recipe, sizes, config.get("nha_windows"))
     else:
-        own = windows_with_slots(counts, target, checkpoint is not None, recipe, sizes.layers, overrides or [])
+        finished, layers = checkpoint is not None, sizes.layers
+        own = windows_with_slots(
+            recipe, slots, target=target, finished=finished, layers=layers, overrides=overrides or []
+        )
     if full is not None and full > len(own):
         raise InputError(f"--full: {full} layers are to stay full, but {target} has {len(own)} to choose among")
     as_it_is = full is not None or counts is not None
@@ -151,7 +154,7 @@ def search_request(
         slots=counts,
     )
     if counts is not None:
-        check_counts(request, counts, length)
+        check_slot_counts(request, length)
     return request
 
 

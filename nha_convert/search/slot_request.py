@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 
 def slot_counts_named(named: str, full: int | None, windows: str | None, method: str | None) -> tuple[int, ...]:
-    """Counts of slots to try, ascending."""
+    """Counts of slots to try, ascending.
+
+    Raises:
+        InputError: they are no numbers, or another option does not go with them.
+    """
     if full is not None or windows is not None:
         other = "--full" if full is not None else "--windows"
         raise InputError(f"--slots {named}: chooses slots with windows as they are; leave {other} out")
@@ -27,14 +31,16 @@ def slot_counts_named(named: str, full: int | None, windows: str | None, method:
 
 
 def windows_with_slots(
-    counts: tuple[int, ...], target: str, finished: bool, recipe: Recipe, layers: int, overrides: list[str]
+    recipe: Recipe, named: str, *, target: str, finished: bool, layers: int, overrides: list[str]
 ) -> dict[int, list[int]]:
     """The window of every layer whose slots are chosen: those that the recipe converts.
 
+    Args:
+        named: what `--slots` was given.
+        finished: whether the target is an NHA checkpoint.
     Raises:
         InputError: the slots of this target cannot be chosen.
     """
-    named = ",".join(map(str, counts))
     if finished:
         raise InputError(
             f"--slots {named}: {target} is finished, and its slots are those that its gates were trained with; name "
@@ -50,9 +56,18 @@ def windows_with_slots(
     return {layer: [window] for layer, window in enumerate(recipe.nha.windows(layers)) if window is not None}
 
 
-def check_counts(request: SearchRequest, counts: tuple[int, ...], length: int) -> None:
-    """Refuses counts of slots that cannot be measured or do not fit."""
-    nha, named = request.recipe.nha, ",".join(map(str, counts))
+def check_slot_counts(request: SearchRequest, length: int) -> None:
+    """Refuses counts of slots that cannot be measured or do not fit.
+
+    Args:
+        request: with `slots`.
+        length: tokens of the rows they are measured on.
+    Raises:
+        InputError: they cannot.
+    """
+    assert request.slots is not None
+    counts, nha = request.slots, request.recipe.nha
+    named = ",".join(map(str, counts))
     if not request.windows:
         raise InputError(f"--slots {named}: every layer of {request.target} stays full; convert one (nha.window)")
     widest = max(own[0] for own in request.windows.values())

@@ -75,14 +75,16 @@ def test_the_cache_of_the_recipes_own_slots_is_used_up(recipe_file: Path) -> Non
 
 @pytest.mark.parametrize("method", ["kl", "restore"])
 def test_what_a_method_measures_of_a_count(recipe_file: Path, method: str) -> None:
-    """The layer that needs distant tokens costs most, whatever its count; restored, no more than all cost together."""
+    """The layer that needs distant tokens costs most, whatever its count; restored, it does not give all back."""
     found = find_slots(search_request(str(recipe_file), slots="2,16", method=method))
     assert found["method"] == method
     losses = {int(layer): row for layer, row in found["losses"].items()}
     assert list(losses) == list(range(LAYERS))
     for point, count in zip(found["curve"], ("2", "16"), strict=True):
+        assert point["choice"] == f"{count} each"
         assert max(losses, key=lambda layer: losses[layer][count]) == NEEDY
-        assert 0 < losses[NEEDY][count] < point["kl"]
+        assert losses[NEEDY][count] > 0
+        assert method == "kl" or losses[NEEDY][count] < point["kl"]
 
 
 def test_recall_is_given_slots() -> None:
