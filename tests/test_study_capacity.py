@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from nha_convert.convert import load_student
@@ -48,6 +49,12 @@ def test_everything_kept_is_the_teacher(pico_llama: Path) -> None:
     assert (few - wanted).abs().max() > 1e-3 and not torch.equal(few, window)
 
 
-def test_the_page() -> None:
-    rows = [{"teacher": "embedded", "window": 32, "kept": kept, "recovery": kept / 256} for kept in study_capacity.KEPT]
-    assert "| embedded | 32 | 0.062 | 0.125 | 0.250 | 0.500 | 1.000 |" in study_capacity.page(rows)
+def test_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows as they are measured."""
+    given = {"teacher": 3.0, "window": 4.0, "both": 3.25, "recovery": 0.75}
+    monkeypatch.setattr(study_capacity, "recovery", lambda *_: given)
+    monkeypatch.setattr(study_capacity, "held_out_tokens", lambda *_: None)
+    rows = study_capacity.measured("embedded", 32)
+    assert rows[0]["nll"] == {"kept": 3.25, "teacher": 3.0, "window": 4.0}
+    assert [row["kept"] for row in rows] == list(study_capacity.KEPT)
+    assert "| embedded | 32 | 0.750 | 0.750 | 0.750 | 0.750 | 0.750 |" in study_capacity.page(rows)

@@ -125,7 +125,8 @@ def measured(teacher: str, window: int) -> list[dict[str, Any]]:
     for kept in KEPT:
         with keeping(kept):
             found = recovery(model, text, recipe.evaluate.sequence_length, tokenizer.bos_token_id)
-        rows.append({"teacher": teacher, "window": window, "kept": kept, **found})
+        row: dict[str, Any] = {"teacher": teacher, "window": window, "kept": kept, "recovery": found["recovery"]}
+        rows.append(row | {"nll": {"kept": found["both"], "teacher": found["teacher"], "window": found["window"]}})
         print(f"{teacher}, W {window}, {kept} kept: {found['recovery']:.3f}", flush=True)
     return rows
 
@@ -135,12 +136,12 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# What as many exact tokens would recall",
         "",
-        "Written by `python tools/study_capacity.py`; nothing is trained, nothing random. In every layer and key/value "
-        "head a query sees its window and, of all tokens that have left it, those that full attention in this layer "
-        "gives most to from there on, with exact keys, values and positions. The choice knows what will be asked and "
-        "is made anew for each query, which no eviction can. Slots may still do better: they merge tokens, and the model "
-        "learns to ask them. So this is a yardstick, not a bound. Text, rows and teachers are those of "
-        "[memory.md](memory.md).",
+        "Written by `python tools/study_capacity.py`; nothing is trained, nothing random. In every layer and "
+        "key/value head a query sees its window and, of all tokens that have left it, those that full attention "
+        "in this layer gives most to from there on, with exact keys, values and positions. The choice knows what "
+        "will be asked and is made anew for each query, which no eviction can. Slots may still do better: they "
+        "merge tokens, and the model learns to ask them. So this is a yardstick, not a bound. Text, rows and "
+        "teachers are those of [memory.md](memory.md).",
         "",
         f"| teacher | window | {' | '.join(f'{kept} kept' for kept in KEPT)} |",
         "|---" * (len(KEPT) + 2) + "|",
