@@ -1,6 +1,6 @@
 """Other ways for queries to meet slots, before anybody builds them: prototypes, into docs/studies/slot-reads.*
 
-    python tools/study_slot_reads.py --work DIR                       all of them, seed 0 (half an hour on one core)
+    python tools/study_slot_reads.py --work DIR                       all of them, seed 0 (an hour on one core)
     python tools/study_slot_reads.py --work DIR --only "bias per slot"
     python tools/study_slot_reads.py                                  only writes the table of what was measured
 
@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -183,9 +182,7 @@ def measured(name: str, seed: int, work: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"variant": name, "seed": seed}
     with reading(rotated, model.config.slots_of(0)):
         row["started"] = recovery(model, text, recipe.evaluate.sequence_length, tokenizer.bos_token_id)
-        started = time.perf_counter()
         model, _ = run_stage(model, tokenizer, recipe, 0, run_dir, resume=False, quiet=True)
-        row["seconds"] = round(time.perf_counter() - started, 1)
         row["aligned"] = recovery(model, text, recipe.evaluate.sequence_length, tokenizer.bos_token_id)
     shutil.rmtree(run_dir)
     return row
@@ -204,10 +201,10 @@ def recovery(model: Any, text: Tensor, length: int, bos: int | None) -> dict[str
 # ---- the page -----------------------------------------------------------------------------------------
 def page(rows: list[dict[str, Any]], before: str) -> str:
     """docs/studies/slot-reads.md: what a person wrote, then the table."""
-    lines = ["| the slots are read with | seed | recovery: started | aligned | NLL | minutes |", "|---" * 6 + "|"]
+    lines = ["| the slots are read with | seed | recovery: started | aligned | NLL |", "|---" * 5 + "|"]
     for row in sorted(rows, key=lambda row: (list(VARIANTS).index(row["variant"]), row["seed"])):
         cells = [row["variant"], str(row["seed"]), f"{row['started']['recovery']:.3f}"]
-        cells += [f"{row['aligned']['recovery']:.3f}", f"{row['aligned']['both']:.4f}", f"{row['seconds'] / 60:.1f}"]
+        cells += [f"{row['aligned']['recovery']:.3f}", f"{row['aligned']['both']:.4f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return before + "<!-- table: written by tools/study_slot_reads.py -->\n\n" + "\n".join(lines) + "\n"
 
