@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from nha_convert.evaluate.benchmark_table import byte_text
+from nha_convert.evaluate.benchmark_table import byte_text, interval_name
 from nha_convert.evaluate.recall import wilson_interval
 
 LEAST_RECOVERY = 0.85
@@ -158,8 +158,8 @@ def _how(shares: dict[str, Estimate], timed: dict[str, Any] | None) -> list[str]
         sizes = [byte_text(timed["cache_bytes"][mode]) for mode in ("student", "teacher")]
         sentences.append(
             f"A token after {timed['context']:,} others takes {times[0]} instead of {times[1]}, and the cache "
-            f"{sizes[0]} instead of {sizes[1]}. Median of {timed['ratio']['runs']} turns; 80 % of them were "
-            f"{timed['ratio']['low']:.2f} to {timed['ratio']['high']:.2f} × as fast as the teacher."
+            f"{sizes[0]} instead of {sizes[1]}. Medians of {timed['ratio']['runs']} turns, the ratio's "
+            f"{interval_name(timed['ratio'])} interval {timed['ratio']['low']:.2f} to {timed['ratio']['high']:.2f}."
         )
     return sentences
 

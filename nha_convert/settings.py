@@ -185,7 +185,7 @@ class EvaluateSettings(Settings):
         benchmark_contexts: tokens before the timed decode step, in caches that are filled, not read.
         benchmark_prefill: tokens of the timed prefills; [] times none.
         benchmark_repeats: timed decode steps of each per context, by turns.
-        benchmark_seconds: after so many at one context repeats stop (3 at least); longer prefills are left out.
+        benchmark_seconds: after so many at one context repeats stop (6 at least); longer prefills are left out.
     """
 
     sequence_length: Annotated[Count, Field(ge=8)] = 1024

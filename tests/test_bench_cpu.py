@@ -2,40 +2,73 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from nha_convert.evaluate.benchmark import in_turns
+from nha_convert.evaluate.benchmark import MODES, in_turns
 from tools import acceptance_kernels, bench_cpu
 
 
-def results(chunked: bool = True) -> dict[str, Any]:
+def results() -> dict[str, Any]:
     """As the benchmark writes them: the teacher twice as slow, in one turn three times."""
     both = in_turns({"teacher": [2.0, 3.0], "student": [1.0, 1.0]})
     decode = [
         {"context": context, "bytes": {"teacher": 1000 * context, "student": 16_000}, **both} for context in (128, 1024)
     ]
-    prefill = dict.fromkeys(("whole", "faster", "one_call"), both) | ({"chunked": both} if chunked else {})
-    return {"sizes": {"tokens": 4096, "chunk": 64}, "prefill": prefill, "attention": both, "decode": decode}
+    prefill = {"tried": {mode: {4096: 2.0, 64: 1.0} for mode in MODES}, "calls": dict.fromkeys(MODES, 64)} | both
+    sizes = {"tokens": 4096, "repeats": 2, "attention_repeats": 2, "steps": 2}
+    return {"sizes": sizes, "prefill": prefill, "attention": both, "decode": decode}
 
 
 def test_ratios_are_those_of_the_turns() -> None:
     found = in_turns({"teacher": [2.0, 9.0, 4.0], "student": [1.0, 3.0, 4.0]})
-    assert found["ratio"] == pytest.approx({"median": 2.0, "low": 1.2, "high": 2.8, "runs": 3})
+    assert found["ratio"] == pytest.approx({"median": 2.0, "low": 1.0, "high": 3.0, "confidence": 0.75, "runs": 3})
     assert found["teacher"]["median"] == 4.0
     with pytest.raises(ValueError, match="shorter"):
         in_turns({"teacher": [2.0, 9.0], "student": [1.0]})
 
 
-@pytest.mark.parametrize("chunked", [True, False])
-def test_the_table(chunked: bool) -> None:
-    rows = {row[0]: row[1:] for row in bench_cpu.table(results(chunked))}
-    assert rows["prefill of 4096, each in one call"] == ("2.5 s", "1 s", "", "2.50x (2.10 to 2.90)")
-    assert rows["prefill of 4096, the faster of each"][2] == ">= 2.5x"
-    assert ("prefill of 4096, each in calls of 64" in rows) == chunked
+def test_each_is_timed_in_its_faster_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher in one call, the student in several; ratios are of one turn."""
+    asked: list[tuple[str, int, int]] = []
+    mode = ["student"]
+
+    @contextlib.contextmanager
+    def as_teacher(_: Any) -> Iterator[None]:
+        mode[0] = "teacher"
+        yield
+        mode[0] = "student"
+
+    def read(_: Any, ids: torch.Tensor, chunk: int) -> None:
+        asked.append((mode[0], ids.shape[1], chunk))
+
+    def seconds(work: Callable[[], None]) -> float:
+        work()
+        taken = {("teacher", 512): 4.0, ("teacher", 64): 6.0, ("student", 512): 3.0, ("student", 64): 2.0}
+        return taken.get((asked[-1][0], asked[-1][2]), 9.0)
+
+    for name, made in (("teacher_mode", as_teacher), ("prefill", read), ("timed", seconds)):
+        monkeypatch.setattr(bench_cpu, name, made)
+    found = bench_cpu.measure_prefill(None, argparse.Namespace(tokens=512, vocabulary=10, chunk=64, repeats=3))
+    assert found["calls"] == {"teacher": 512, "student": 64} and found["tried"]["teacher"] == {512: 4.0, 64: 6.0}
+    assert found["ratio"]["median"] == 2.0 and found["ratio"]["runs"] == 3
+    warm = [("teacher", 256, 256), ("student", 256, 256)]
+    tried = [(who, 512, chunk) for who in MODES for chunk in (512, 64)]
+    assert asked == warm + tried + 3 * [("teacher", 512, 512), ("student", 512, 64)]
+
+
+def test_the_table() -> None:
+    rows = {row[0]: row[1:] for row in bench_cpu.table(results())}
+    assert rows["prefill of 4096"] == ("2.5 s", "1 s", ">= 2.5x", "2.50x (2.00 to 3.00)")
+    assert "with 50 % confidence" in bench_cpu.counted(results())
+    assert "teacher 2 s in calls of 4096, 1 s in calls of 64; student" in bench_cpu.counted(results())
     assert rows["attention alone, 4096 tokens, one layer"][0] == "2500 ms"
     assert [rows[f"decode per token at {context}"][2] for context in (128, 1024)] == ["", ">= 6x"]
     assert rows["cache at 1024"] == ("1.024 MB", "0.016 MB", ">= 50x", "64.00x")

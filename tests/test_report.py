@@ -51,7 +51,7 @@ def usage(layers: list[int]) -> dict[str, Any]:
 
 def bench() -> dict[str, Any]:
     def spread(value: float) -> dict[str, Any]:
-        return {"median": value, "low": 0.9 * value, "high": 1.2 * value, "runs": 20}
+        return {"median": value, "low": 0.9 * value, "high": 1.2 * value, "confidence": 0.96, "runs": 20}
 
     def line(key: str, tokens: int) -> dict[str, Any]:
         times = {"teacher": spread(tokens * 1e-6), "student": spread(4e-4), "ratio": spread(tokens / 400)}

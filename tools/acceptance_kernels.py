@@ -178,7 +178,7 @@ def cpu() -> dict[str, Any]:
     got = json.loads(page.read_text(encoding="utf-8"))
     last, first = got["decode"][-1], got["decode"][0]
     ratios = {
-        "prefill": got["prefill"]["faster"]["ratio"]["median"],
+        "prefill": got["prefill"]["ratio"]["median"],
         "attention": got["attention"]["ratio"]["median"],
         "decode": last["ratio"]["median"],
         "cache": last["bytes"]["teacher"] / last["bytes"]["student"],

@@ -16,7 +16,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ from nha_convert.files import write_json, write_text  # noqa: E402
 OUT = ROOT / "docs" / "studies" / "memory"
 TEACHERS = {"embedded": "embedded", "qwen3": str(ROOT / "recipes" / "teacher-qwen3")}
 RANDOM, MEASURED_AT = [32, 64, 256], ["0", "32", "64", "256", "full"]
+SLOTS = 64
+SHARED = {"embedded": [32, 160, 32, 32], "qwen3": [64, 192, 32, 32, 32, 32]}
+"""SLOTS a layer on average: most where the layer's own ablation costs most."""
 ALIGN = 250_000
 GOAL = 0.85
 
@@ -41,11 +44,13 @@ class Protocol:
     Attributes:
         distill: for each stage of distillation after the alignment, its tokens and the sources it reads; None: all.
         gate_rate: learning rate of the gates in these stages.
+        shared: the slots of all layers together are shared out as in SHARED; otherwise every layer has SLOTS.
     """
 
     sinks: int
     distill: tuple[tuple[int, str | None], ...]
     gate_rate: float
+    shared: bool = False
 
     @property
     def tokens(self) -> int:
@@ -54,7 +59,8 @@ class Protocol:
 
     def __str__(self) -> str:
         stages = (f"{tokens / 1e3:,.0f}k of {source or 'the mix'}" for tokens, source in self.distill)
-        return f"{self.sinks or 'no'} sinks, distilled on {', then '.join(stages)}, gates at {self.gate_rate:g}"
+        slots = "; as many slots, shared out by need" if self.shared else ""
+        return f"{self.sinks or 'no'} sinks, distilled on {', then '.join(stages)}, gates at {self.gate_rate:g}{slots}"
 
 
 PROTOCOLS = {
@@ -62,6 +68,7 @@ PROTOCOLS = {
     "middle": Protocol(sinks=0, distill=((750_000, "recall"), (500_000, None)), gate_rate=5e-3),
     "long": Protocol(sinks=0, distill=((2_250_000, "recall"), (1_500_000, None)), gate_rate=5e-3),
 }
+PROTOCOLS["shared"] = replace(PROTOCOLS["long"], shared=True)
 RUNS = [(teacher, window, name) for name in PROTOCOLS for teacher in TEACHERS for window in ("32", "64", "random")]
 
 
@@ -80,7 +87,12 @@ def study_recipe(teacher: str, window: str, protocol: Protocol, seed: int) -> di
         "model": TEACHERS[teacher],
         "output": "runs/study-memory",
         "seed": seed,
-        "nha": {"slots": 64, "window": 64 if window == "random" else int(window), "sinks": protocol.sinks, "tau": 2},
+        "nha": {
+            "slots": SHARED[teacher] if protocol.shared else SLOTS,
+            "window": 64 if window == "random" else int(window),
+            "sinks": protocol.sinks,
+            "tau": 2,
+        },
         "data": {"sources": [{"source": "stdlib", "weight": 0.7}, {"source": "recall", "weight": 0.3}]},
         "stages": [
             {"kind": "align", "tokens": ALIGN, "learning_rate": 1.0e-2, **common},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from nha_kernels.state import NHAState
 from transformers import DynamicCache
 
+from nha_convert.evaluate.bootstrap import CONFIDENCE
 from nha_convert.evaluate.nll import evaluating
 from nha_convert.modeling.attention_nha import nha_layers, teacher_mode
 from nha_convert.settings import EvaluateSettings
@@ -22,9 +24,9 @@ from nha_convert.settings import EvaluateSettings
 MODES = ("teacher", "student")
 WARM_UP = 3
 """Untimed decode steps of each before the first timed one."""
-PREFILLS = 3
-"""Timed prefills of each per length."""
-LEAST_TURNS = 3
+PREFILLS = 6
+"""Timed prefills of each per length: the fewest whose median has a 95 % interval."""
+LEAST_TURNS = 6
 """Timed turns, however long they take."""
 LAID_DOWN = 4
 """Windows of real tokens that a filled cache begins with."""
@@ -218,9 +220,26 @@ def in_turns(seconds: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
-    """{"median", "low", "high", "runs"}: low and high are the 10 % and 90 % quantile, the spread of the repeats."""
-    low, middle, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.1, 0.5, 0.9]).double())
-    return {"median": middle.item(), "low": low.item(), "high": high.item(), "runs": len(values)}
+    """Median of independent runs, with a confidence interval that supposes nothing of their distribution.
+
+    Returns:
+        {"median", "low", "high", "confidence", "runs"}: low and high are runs, the k-th from below and above, so that
+        the true median lies between them with at least 95 %; fewer than six runs have their smallest and largest, and
+        a lower `confidence` (0 for a single run).
+    Source: the sign test inverted, as in W. J. Conover, Practical Nonparametric Statistics, section 3.2.
+    """
+    ordered, runs = sorted(values), len(values)
+    below, outside = 1, 2 * 0.5**runs  # runs that the interval begins with, and how likely it misses on either side
+    while (wider := outside + 2 * math.comb(runs, below) * 0.5**runs) <= 1 - CONFIDENCE:
+        below, outside = below + 1, wider
+    low, high = ordered[below - 1], ordered[-below]
+    return {
+        "median": statistics.median(ordered),
+        "low": low,
+        "high": high,
+        "confidence": max(0.0, 1 - outside),
+        "runs": runs,
+    }
 
 
 def _expected(measured: list[dict[str, Any]], tokens: int, settings: EvaluateSettings) -> str | None:

@@ -40,9 +40,11 @@ def prefill_rows(bench: dict[str, Any]) -> list[list[str]]:
 def bench_notes(bench: dict[str, Any]) -> list[str]:
     """What a reader of the tables has to know: spread, machine, teacher, untrained positions, what is left out."""
     where, positions = bench["environment"], bench["max_position_embeddings"]
+    rows = [*bench["decode"], *bench["prefill"]]
     threads = f", torch threads: {where['threads']}" if where["device"] == "cpu" else ""
     notes = [
-        "Medians of turns, teacher and student by turns in one process; in brackets their 10 % and 90 % quantiles. "
+        "Medians of turns, teacher and student by turns in one process; in brackets intervals that hold the true "
+        f"median with {interval_name(*(row['ratio'] for row in rows))} confidence. "
         f"Batch 1, {where['dtype']}, {where['device_name']}{threads}.",
         f"Teacher: {bench['teacher']}, with transformers' DynamicCache.",
         "Caches for decoding hold random keys and values.",
@@ -52,7 +54,7 @@ def bench_notes(bench: dict[str, Any]) -> list[str]:
     if beyond:
         listed = ", ".join(f"{context:,}" for context in beyond)
         notes.append(f"Beyond the model's {positions:,} positions, and so for time and memory alone: {listed}.")
-    for row in [*bench["decode"], *bench["prefill"]]:
+    for row in rows:
         if "working_bytes" in row:
             kind = f"decode at {row['context']:,}" if "context" in row else f"prefill of {row['tokens']:,}"
             both = ", ".join(f"{mode} {byte_text(row['working_bytes'][mode])}" for mode in ("teacher", "student"))
@@ -75,6 +77,11 @@ def _table(title: str, header: list[str], rows: list[list[str]]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def interval_name(*timed: dict[str, Any]) -> str:
+    """How sure the intervals of all these summaries are: `95 %`, or less where one has too few turns for it."""
+    return f"{100 * min([0.95, *(one.get('confidence', 0.0) for one in timed)]):.0f} %"
 
 
 def byte_text(number: float) -> str:

@@ -145,27 +145,35 @@ def test_ratios_are_of_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that gets three times slower after half of the turns changes no ratio."""
     turns = iter([0.2, 0.1] * 3 + [0.6, 0.3] * 3)
     row = benchmark._turns(lambda mode: (next(turns), None), 6, 100.0)
-    assert row["ratio"] == pytest.approx({"median": 2.0, "low": 2.0, "high": 2.0, "runs": 6})
+    assert row["ratio"] == pytest.approx({"median": 2.0, "low": 2.0, "high": 2.0, "confidence": 0.96875, "runs": 6})
     assert row["teacher"]["low"] < row["teacher"]["median"] < row["teacher"]["high"]
 
 
 def test_summary_and_timed() -> None:
-    assert summary(list(range(11))) == pytest.approx({"median": 5.0, "low": 1.0, "high": 9.0, "runs": 11})
+    def interval(runs: int) -> list[float]:
+        found = summary(list(range(1, runs + 1))[::-1])
+        assert found["median"] == (runs + 1) / 2 and found["runs"] == runs
+        return [found["low"], found["high"], round(found["confidence"], 4)]
+
+    # Conover's table of the sign test: from 6 runs on there is a 95 % interval, from 9 on without the outermost runs
+    assert [interval(runs) for runs in (1, 3, 5, 6)] == [[1, 1, 0.0], [1, 3, 0.75], [1, 5, 0.9375], [1, 6, 0.9688]]
+    assert [interval(runs) for runs in (8, 9, 15)] == [[1, 8, 0.9922], [2, 8, 0.9609], [4, 12, 0.9648]]
+    assert interval(20) == [6, 15, 0.9586]
     assert benchmark.timed(lambda: time.sleep(0.02)) >= 0.02
 
 
 def test_growth_of_prefills_is_foreseen() -> None:
     """Between linear, for want of a second length, and quadratic."""
-    settings = EvaluateSettings(benchmark_seconds=10)
+    settings = EvaluateSettings(benchmark_seconds=20)
 
     def row(tokens: int, seconds: float) -> dict[str, Any]:
         return {"tokens": tokens} | {mode: {"median": seconds / 2} for mode in ("teacher", "student")}
 
     assert benchmark._expected([], 10**9, settings) is None
-    assert benchmark._expected([row(1000, 1.0)], 3000, settings) is None  # 3 turns of 3 s
-    assert "about 12 s" in str(benchmark._expected([row(1000, 1.0)], 4000, settings))
-    assert "about 48 s" in str(benchmark._expected([row(1000, 1.0), row(2000, 4.0)], 4000, settings))
-    assert "about 24 s" in str(benchmark._expected([row(1000, 4.0), row(2000, 4.0)], 4000, settings))
+    assert benchmark._expected([row(1000, 1.0)], 3000, settings) is None  # 6 turns of 3 s
+    assert "about 24 s" in str(benchmark._expected([row(1000, 1.0)], 4000, settings))
+    assert "about 96 s" in str(benchmark._expected([row(1000, 1.0), row(2000, 4.0)], 4000, settings))
+    assert "about 48 s" in str(benchmark._expected([row(1000, 4.0), row(2000, 4.0)], 4000, settings))
 
 
 def test_tables(student: Any) -> None:
