@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from .bench_checkpoint import BENCH, bench_models
 from .convert import load_student, new_parameter_names
 from .data import held_out_tokens, recall_filler, training_dataset
-from .devices import find_device, input_device, world_of
+from .devices import find_device, input_device, working_device, world_of
 from .errors import InputError, WorkError
 from .evaluate.suite import evaluate_student, evaluate_teacher
 from .files import write_json, write_text
@@ -68,7 +68,7 @@ def run(recipe: Recipe, out: Path | None = None, *, resume: bool = False, quiet:
     out = Path(out or recipe.output)
     teacher_dir = preflight(recipe, out, resume)
     check_reporting(recipe.runtime.report_to)
-    place = find_device(recipe.runtime.device)
+    place = working_device(recipe.runtime.device, recipe.runtime.threads)
     check_engine(recipe)
     with stopped_by_sigterm(out):
         engine = start_engine(recipe.runtime, place)
@@ -145,8 +145,6 @@ class Job:
         self.scratch = out / ".offloaded"
         self.rows: dict[str, dict[str, Any]] = {}
         torch.manual_seed(recipe.seed)
-        if recipe.runtime.threads is not None:
-            torch.set_num_threads(recipe.runtime.threads)
 
     def run(self, resume: bool) -> dict[str, Any]:
         """All of it; eval.json's content on every rank."""
