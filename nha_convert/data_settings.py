@@ -26,6 +26,8 @@ class SourceSettings(Settings):
         data_files: files, globs or URLs of that dataset or format.
         streaming: read a Hub dataset as it comes; false downloads it first.
         split: its split.
+        far: `recall`: share of its documents that state everything in their first part and ask for it in their last, so
+            that distances reach the row's length; the others ask all along.
         column: the column of the text, or of the conversation: a list of {role, content}.
         prompt, response: `chat`: two columns of text instead of a conversation.
     """
@@ -42,6 +44,7 @@ class SourceSettings(Settings):
     column: str = "text"
     prompt: str | None = None
     response: str | None = None
+    far: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     @property
     def label(self) -> str:
@@ -68,6 +71,8 @@ class SourceSettings(Settings):
                 f"`data_files` lists the files of a `dataset` or `chat` source, found {self.data_files!r} for "
                 f"`source: {self.source}`; leave it out or name a file"
             )
+        if self.far and self.source != "recall":
+            raise ValueError(f"`far` belongs to `source: recall`, found `source: {self.source}`")
         if (self.prompt is None) != (self.response is None):
             raise ValueError("`prompt` and `response` are two columns that go together; give both or neither")
         if self.prompt is not None and self.source != "chat":

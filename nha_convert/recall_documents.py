@@ -50,13 +50,15 @@ class RecallGenerator:
         tokenizer: a `transformers` tokenizer; its one-token lower-case words become keys and values.
         filler: token ids of ordinary text, cut at random places to fill the gaps.
         seed: everything drawn comes from this.
+        far: share of the training documents that ask for everything at their end.
     Raises:
         ValueError: fewer than 64 one-token words in the vocabulary, or too little filler.
     """
 
-    def __init__(self, tokenizer: Any, filler: Sequence[int], seed: int = 0) -> None:
+    def __init__(self, tokenizer: Any, filler: Sequence[int], seed: int = 0, far: float = 0.0) -> None:
         self.rng = random.Random(seed)
         self.filler = filler
+        self.far = far
         vocabulary = tokenizer.get_vocab()
         self.words = sorted(index for token, index in vocabulary.items() if WORD.match(token))
         if len(self.words) < 64:
@@ -125,9 +127,7 @@ class RecallGenerator:
             raise ValueError(f"{pairs} pairs need as many one-token words, the vocabulary has {len(self.words)}")
         keys = self.rng.sample(self.words, pairs)
         values = self._values(pairs, value_length)
-        lines = [
-            self._break + statement[0] + [key] + statement[1] + value + statement[2] for key, value in zip(keys, values)
-        ]
+        lines = [self._line(statement, key, value, statement[2]) for key, value in zip(keys, values)]
         asks = [self._break + question[0] + [key] + question[1] for key in keys]
         size, before = len(lines[0]), span - distance - len(lines[0])
         for earlier in range(min(queries, pairs) - 1, -1, -1):
@@ -172,24 +172,28 @@ class RecallGenerator:
                 raise ValueError(
                     f"{len(before) + 1 + len(after)} statements do not fit into span {span} with distance {distance}"
                 )
-        ids = self._scatter(before, rooms[0]) + stated
-        ids += self._scatter(after, rooms[1]) + ask
+        ids = self._scatter(before, rooms[0])[0] + stated
+        ids += self._scatter(after, rooms[1])[0] + ask
         start = len(ids)
         return RecallDocument(ids + answer, [(start, start + len(answer))], [distance])
 
-    def _scatter(self, lines: list[list[int]], room: int) -> list[int]:
-        """Lines in order with filler between them, `room` tokens in all."""
+    def _scatter(self, lines: list[list[int]], room: int) -> tuple[list[int], list[int]]:
+        """Lines in order with filler between them, `room` tokens in all, and where each line ends."""
         spare = room - sum(map(len, lines))
         cuts = sorted(self.rng.randint(0, spare) for _ in lines)
         ids: list[int] = []
+        ends: list[int] = []
         last = 0
         for line, cut in zip(lines, cuts):
             ids += self.text(cut - last) + line
+            ends.append(len(ids))
             last = cut
-        return ids + self.text(spare - last)
+        return ids + self.text(spare - last), ends
 
     def document(self, length: int, *, max_pairs: int = 32) -> RecallDocument:
-        """A training document of exactly `length` tokens in one of three kinds, drawn at random."""
+        """A training document of exactly `length` tokens in one of four kinds, drawn at random."""
+        if self.far and self.rng.random() < self.far:
+            return self._far_document(length, max_pairs)
         kind = self.rng.random()
         if kind < 0.7:
             return self._pairs_document(length, max_pairs)
@@ -223,7 +227,7 @@ class RecallGenerator:
             if pending and (not stated or rng.random() < 0.6):
                 key = pending.pop()
                 values[key] = self._values(1, value_length)[0]
-                ids += self._break + statement[0] + [key] + statement[1] + values[key] + statement[2]
+                ids += self._line(statement, key, values[key], statement[2])
                 stated[key] = len(ids)
             else:
                 key = min((rng.choice(list(stated)) for _ in range(2)), key=stated.__getitem__)
@@ -233,6 +237,35 @@ class RecallGenerator:
                 ids += values[key] + statement[2]
                 stated[key] = len(ids)
         return self._cut(document, length)
+
+    def _far_document(self, length: int, max_pairs: int) -> RecallDocument:
+        """Statements in the first part, text, all questions in the last: distances from about half the length on."""
+        rng = self.rng
+        statement, question = rng.choice(self._templates)
+        value_length = rng.choice((1, 1, 1, 2))
+        stated, asked = (
+            len(self._line(around, 0, [0] * value_length, statement[2])) for around in (statement, question)
+        )
+        pairs = min(rng.randint(2, max_pairs), max(1, length // (stated + asked)))
+        keys, values = rng.sample(self.words, pairs), self._values(pairs, value_length)
+        order = rng.sample(range(pairs), pairs)
+        lines = [self._line(statement, keys[n], values[n], statement[2]) for n in range(pairs)]
+        asks = [self._line(question, keys[n], values[n], statement[2]) for n in order]
+        room = max(0, length - pairs * (stated + asked))
+        before, after = rng.randint(0, room // 4), rng.randint(0, room // 4)
+        ids, ends = self._scatter(lines, before + pairs * stated)
+        ids += self.text(room - before - after)
+        last, asked_ends = self._scatter(asks, after + pairs * asked)
+        document = RecallDocument(ids + last)
+        for place, end in zip(order, asked_ends):
+            answered = len(ids) + end - len(statement[2])
+            document.answers.append((answered - value_length, answered))
+            document.distances.append(answered - value_length - ends[place])
+        return self._cut(document, length)
+
+    def _line(self, around: Sequence[list[int]], key: int, value: list[int], end: list[int]) -> list[int]:
+        """A statement, or a question with its answer."""
+        return self._break + around[0] + [key] + around[1] + value + end
 
     def _lists_document(self, length: int) -> RecallDocument:
         """A list of words, filler, the same list again; as often as fits."""

@@ -103,9 +103,10 @@ def quarter() -> dict[str, Any]:
     met = len(teachers) >= 2
     for teacher in teachers:
         own = [row for row in rows if row["teacher"] == teacher]
-        most = max((row["distill"], row["length"]) for row in own)
-        own = [row for row in own if (row["distill"], row["length"]) == most]
+        most = max(_spent(row) for row in own)
+        own = [row for row in own if _spent(row) == most]
         trained = f"{most[0] // 1000}k tokens of distillation" if most[0] else "alignment alone"
+        trained += f" ({100 * most[2]:.0f} % of recall documents ask at their end)" if most[2] else ""
         change = mean(row["final"]["nll"] / row["base"]["nll"] - 1 for row in own)
         ratios = {
             distance: sum(row["final"]["recall"][distance][0] for row in own)
@@ -123,6 +124,11 @@ def quarter() -> dict[str, Any]:
     return {"measured": "; ".join(parts), "met": met}
 
 
+def _spent(row: dict[str, Any]) -> tuple[int, int, float]:
+    """Tokens of distillation, tokens of a row, share of far recall documents; rows of the most of them count."""
+    return row["distill"], row["length"], row["far"]
+
+
 def _quarters() -> list[dict[str, Any]]:
     """Rows of the study of a quarter; for a teacher that it lacks, what the study of layers has after alignment."""
     rows: list[dict[str, Any]] = study("quarter")
@@ -130,7 +136,7 @@ def _quarters() -> list[dict[str, Any]]:
     for teacher, found in _layer_studies().items():
         length = load_recipe(found["settings"]["recipe"]).stages[0].sequence_length
         for seed in found["seeds"] if teacher not in known else ():
-            row: dict[str, Any] = {"teacher": teacher, "seed": seed["seed"], "length": length, "distill": 0}
+            row: dict[str, Any] = {"teacher": teacher, "seed": seed["seed"], "length": length, "distill": 0, "far": 0.0}
             row |= {"full": seed["choices"][CHOSEN], "layers": model_dimensions(TEACHERS[teacher]).layers}
             for name, result in (("base", seed["results"]["teacher"]), ("final", _choice(seed, CHOSEN))):
                 row[name] = {"nll": result["nll"], "recall": {d: [share] for d, share in _recall(result).items()}}

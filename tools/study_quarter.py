@@ -3,6 +3,7 @@
     python tools/study_quarter.py --work DIR                     both teachers, seed 0 (half an hour on one core)
     python tools/study_quarter.py --work DIR --only qwen3 --seed 1
     python tools/study_quarter.py --work DIR --only qwen3 --distill 1600000   with a longer distillation
+    python tools/study_quarter.py --work DIR --only qwen3 --far 0.5   half of the recall documents ask at their end
     python tools/study_quarter.py                                only writes the table of what was measured
 
 Each run is the recipe `demo` on one core, with `auto:N`, its teacher, a seed, rows of 1280 tokens (the farthest
@@ -34,14 +35,15 @@ MOST = 4_000_000
 """Tokens that a run may take."""
 
 
-def measure(teacher: str, seed: int, length: int, distill: int, work: Path) -> dict[str, Any]:
+def measure(teacher: str, seed: int, length: int, distill: int, far: float, work: Path) -> dict[str, Any]:
     """One run, and what is kept of its eval.json."""
-    folder = work / f"{teacher}-{seed}-{length}-{distill}"
+    folder = work / f"{teacher}-{seed}-{length}-{distill}-{far:g}"
     layers = model_dimensions(TEACHERS[teacher]).layers
     settings = {
         "model": TEACHERS[teacher],
         "seed": seed,
         "nha.full_attention_layers": f"auto:{layers // 4}",
+        "data.sources.recall.far": far,
         "evaluate.recall_prompts": PROMPTS,
         "evaluate.benchmark": "false",
         "runtime.threads": 1,
@@ -55,7 +57,7 @@ def measure(teacher: str, seed: int, length: int, distill: int, work: Path) -> d
     evaluation = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     chosen = json.loads((folder / "search.json").read_text(encoding="utf-8"))["full_attention_layers"]
     row: dict[str, Any] = {"teacher": teacher, "seed": seed, "layers": layers, "full": chosen, "window": 64}
-    row |= {"length": length, "distill": distill}
+    row |= {"length": length, "distill": distill, "far": far}
     for name in ("teacher", "final"):
         measured = evaluation[name]
         cells = measured["recall"].items()
@@ -65,15 +67,16 @@ def measure(teacher: str, seed: int, length: int, distill: int, work: Path) -> d
     return row
 
 
-def key(row: dict[str, Any]) -> tuple[str, int, int, int]:
+def key(row: dict[str, Any]) -> tuple[str, int, int, int, float]:
     """The run that a row is of."""
-    return row["teacher"], row["seed"], row["length"], row["distill"]
+    return row["teacher"], row["seed"], row["length"], row["distill"], row["far"]
 
 
 def page(rows: list[dict[str, Any]]) -> str:
     """docs/studies/quarter.md."""
     distances = [int(distance) for distance in rows[0]["final"]["recall"]] if rows else []
-    head = ["teacher", "seed", "rows of", "tokens", "full layers", "NLL against the teacher's (95 %)"]
+    head = ["teacher", "seed", "rows of", "asked at the end", "tokens", "full layers"]
+    head += ["NLL against the teacher's (95 %)"]
     head += [f"recall at {distance}: teacher, student" for distance in distances]
     lines = [
         "# One layer in four full",
@@ -81,7 +84,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         "Written by `python tools/study_quarter.py --work DIR`: the recipe `demo` (W 64, M 64, "
         f"{ALIGN // 1000}k tokens of alignment, then distillation) with the layer that `auto` chooses; {PROMPTS} "
         "prompts per distance, 95 % Wilson intervals; of the NLL, a bootstrap over windows. A step has 2048 "
-        "tokens, with rows of 1280 one row.",
+        "tokens, with rows of 1280 one row. Asked at the end: the share of recall documents that state everything in "
+        "their first part and ask for it in their last (`far`); the others seldom ask beyond 512 tokens.",
         "",
         f"| {' | '.join(head)} |",
         "|---" * len(head) + "|",
@@ -91,7 +95,8 @@ def page(rows: list[dict[str, Any]]) -> str:
             100 * value / row["base"]["nll"]
             for value in (row["final"]["nll"] - row["base"]["nll"], *row["final"]["nll_above_teacher"])
         )
-        cells = [row["teacher"], str(row["seed"]), str(row["length"]), f"{(ALIGN + row['distill']) / 1e6:g}M"]
+        cells = [row["teacher"], str(row["seed"]), str(row["length"]), f"{100 * row['far']:.0f} %"]
+        cells += [f"{(ALIGN + row['distill']) / 1e6:g}M"]
         cells += [f"{row['full']} of {row['layers']}"]
         cells.append(f"{change:+.2f} % ({between[0]:+.2f} to {between[1]:+.2f})")
         for distance in map(str, distances):
@@ -108,6 +113,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--length", type=int, choices=LENGTHS, default=LENGTHS[-1], help="tokens of a training row")
     parser.add_argument("--distill", type=int, default=DISTILL, help="tokens of the distillation")
+    parser.add_argument("--far", type=float, default=0.0, help="share of recall documents that ask at their end")
     options = parser.parse_args()
     if not 0 < options.distill <= MOST - ALIGN:
         raise SystemExit(f"--distill {options.distill}: allowed are 1 to {MOST - ALIGN}")
@@ -117,7 +123,7 @@ def main() -> None:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
     for teacher in options.only or TEACHERS if options.work else ():
-        run = teacher, options.seed, options.length, options.distill
+        run = teacher, options.seed, options.length, options.distill, options.far
         if not any(key(row) == run for row in kept()):
             row = measure(*run, options.work)
             write_json(path, [*kept(), row])

@@ -67,8 +67,10 @@ def held_out_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, quiet
     if not share and len(sources) == 1:
         return torch.tensor(text, dtype=torch.long)
     size = length - 1  # what `eval_windows` takes at a time, after BOS
-    recall = recall_generator(tokenizer, recall_filler(recipe, tokenizer, quiet=quiet)) if share else None
-    if recall is not None:
+    recall = None
+    if share:
+        filler = recall_filler(recipe, tokenizer, quiet=quiet)
+        recall = recall_generator(tokenizer, filler, recipe.data.sources)
         recall.rng.seed(f"{recipe.seed}/held out")
     streams = _streams(recipe, tokenizer, quiet)
     taken = [0] * len(sources)

@@ -64,7 +64,7 @@ class PackedDataset(Dataset):
             mine = self.turn == place
             self.number[mine] = np.arange(mine.sum())
         self.fingerprint = fingerprint(
-            [stream for _, stream in streams], bounds.tolist(), length, sequence_length, bos, padding, seed
+            [stream for _, stream in streams], recall, bounds.tolist(), length, sequence_length, bos, padding, seed
         )
 
     def __len__(self) -> int:

@@ -19,13 +19,19 @@ LEAST_LIMIT = 4_000_000
 """Tokens that a source is read up to even where the stages use fewer: small corpora are taken whole."""
 
 
-def recall_generator(tokenizer: PreTrainedTokenizerBase, filler: Sequence[int]) -> RecallGenerator:
-    """
+def recall_generator(
+    tokenizer: PreTrainedTokenizerBase, filler: Sequence[int], sources: Sequence[SourceSettings]
+) -> RecallGenerator:
+    """What makes the recall documents of these sources; of several, each in its share.
+
     Raises:
         InputError: the tokenizer has too few words, or there is too little filler.
     """
+    recall = [source for source in sources if source.source == "recall"]
+    weight = sum(source.weight for source in recall)
+    far = sum(source.weight * source.far for source in recall) / weight if recall else 0.0
     try:
-        return RecallGenerator(tokenizer, filler)
+        return RecallGenerator(tokenizer, filler, far=far)
     except ValueError as error:
         raise InputError(f"data.sources: {error}") from error
 
@@ -89,7 +95,7 @@ def training_dataset(
         if not texts:  # a stage of recall alone: the other stages' text fills its gaps
             others = [source for source in recipe.data.sources if source.source != "recall"]
             texts = [train_stream(recipe, source, tokenizer, quiet) for source in others]
-        common["recall"] = recall_generator(tokenizer, texts[0] if len(texts) == 1 else Joined(texts))
+        common["recall"] = recall_generator(tokenizer, texts[0] if len(texts) == 1 else Joined(texts), sources)
     if recipe.data.packing == "windows":
         return WindowDataset(streams, **common)
     padding = next((one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id) if one is not None), 0)

@@ -18,9 +18,10 @@ Stream = TokenStream | None
 """A source's tokens; None makes recall documents."""
 
 
-def fingerprint(streams: Sequence[Stream], *settings: object) -> str:
+def fingerprint(streams: Sequence[Stream], recall: RecallGenerator | None, *settings: object) -> str:
     """A digest of the text behind a stage's items, for whoever resumes: other text, another digest."""
-    parts = ["recall" if stream is None else stream.digest for stream in streams]
+    made = f"recall, far {recall.far}" if recall is not None and recall.far else "recall"
+    parts = [made if stream is None else stream.digest for stream in streams]
     return hashlib.sha256(repr((parts, settings)).encode()).hexdigest()[:16]
 
 
@@ -53,7 +54,7 @@ class WindowDataset(Dataset):
         self.length, self.sequence_length, self.seed = length, sequence_length, seed
         self.prefix = [] if bos is None else [bos]
         self.recall = recall
-        self.fingerprint = fingerprint(self.streams, self.bounds, length, sequence_length, bos, seed)
+        self.fingerprint = fingerprint(self.streams, recall, self.bounds, length, sequence_length, bos, seed)
 
     def __len__(self) -> int:
         return self.length

@@ -1,0 +1,107 @@
+"""Documents that only memory can predict: what they ask for was stated, at the distance they say, near and far."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_text import make_recipe, word_tokenizer
+
+from nha_convert.data import training_dataset
+from nha_convert.data.stage_data import recall_generator
+from nha_convert.recall_documents import RecallDocument, RecallGenerator
+from nha_convert.recipe import SourceSettings
+
+FILLER = list(range(33, 90)) * 60  # no word among these ids
+
+
+def generator(far: float, seed: int = 0) -> RecallGenerator:
+    return RecallGenerator(word_tokenizer("<s>"), FILLER, seed, far)
+
+
+def answers(made: RecallGenerator, document: RecallDocument) -> list[tuple[int, list[int], int]]:
+    """Of every answer its key, its value and its distance."""
+    words, ids = set(made.words), document.input_ids
+    found = []
+    for (start, end), distance in zip(document.answers, document.distances, strict=True):
+        key = max(place for place in range(start) if ids[place] in words)
+        found.append((ids[key], ids[start:end], distance))
+    return found
+
+
+@pytest.mark.parametrize("length", [200, 513, 1280])
+def test_far_documents_state_first_and_ask_last(length: int) -> None:
+    made = generator(far=1.0)
+    words = set(made.words)
+    for _ in range(40):
+        document = made.document(length)
+        ids = document.input_ids
+        assert len(ids) == length and document.answers
+        for (start, end), (key, value, distance) in zip(document.answers, answers(made, document), strict=True):
+            assert set(value) <= words and len(value) == end - start
+            stated = [place for place in range(start - distance) if ids[place] in words]
+            assert [ids[place] for place in stated[-1 - len(value) :]] == [key, *value]
+            assert stated[-1] == start - distance - 2  # one piece ends the statement
+        keys = [key for key, _, _ in answers(made, document)]
+        assert len(set(keys)) == len(keys)
+
+
+def test_distances_reach_the_rows_length() -> None:
+    far, near = (
+        [distance for _ in range(60) for distance in made.document(1280).distances]
+        for made in (generator(1.0), generator(0.0))
+    )
+    assert max(far) > 1100 and sum(distance > 640 for distance in far) > len(far) / 3
+    assert sum(distance > 640 for distance in near) < len(near) / 20
+
+
+@pytest.mark.parametrize("length", [5, 12, 40])
+def test_a_short_row_asks_for_less(length: int) -> None:
+    made = generator(far=1.0)
+    for _ in range(20):
+        document = made.document(length)
+        assert len(document.input_ids) == length
+        assert all(end <= length for _, end in document.answers)
+
+
+def test_without_far_nothing_else_is_drawn() -> None:
+    """The share decides, and 0 draws no number: rows of older recipes stay what they were."""
+    plain, none = generator(0.0), RecallGenerator(word_tokenizer("<s>"), FILLER)
+    assert [plain.document(96).input_ids for _ in range(8)] == [none.document(96).input_ids for _ in range(8)]
+    mixed, asked = generator(0.5), []
+    real = RecallGenerator._far_document
+    mixed._far_document = lambda *given: asked.append(given) or real(mixed, *given)  # type: ignore[method-assign]
+    for _ in range(200):
+        mixed.document(96)
+    assert 70 < len(asked) < 130  # 100, and 4 standard deviations to both sides
+
+
+def test_several_sources_share_in_what_is_far(folder: Path) -> None:
+    sources = [
+        SourceSettings(source="recall", name="near", weight=3.0),
+        SourceSettings(source="recall", name="far", weight=1.0, far=0.8),
+        SourceSettings(source="stdlib", weight=9.0),
+    ]
+    assert recall_generator(word_tokenizer("<s>"), FILLER, sources).far == pytest.approx(0.2)
+    assert recall_generator(word_tokenizer("<s>"), FILLER, sources[2:]).far == 0
+
+
+@pytest.mark.parametrize("packing", ["windows", "documents"])
+def test_rows_of_another_share_are_another_text(folder: Path, packing: str) -> None:
+    """A run that is resumed with another share is told so."""
+
+    def dataset(**settings: Any) -> Any:
+        recall = {"source": "recall", "name": "made", **settings}
+        recipe = make_recipe([{"source": "text", "path": str(folder)}, recall], packing=packing)
+        recipe.stages[0].sources = ["made"]
+        return training_dataset(recipe, 0, word_tokenizer("<s>"))
+
+    plain, far = dataset(), dataset(far=1.0)
+    assert plain.fingerprint == dataset(far=0.0).fingerprint != far.fingerprint
+    assert not any((plain[row]["input_ids"] == far[row]["input_ids"]).all() for row in range(8))
+
+
+def test_far_belongs_to_recall_and_is_a_share() -> None:
+    with pytest.raises(ValueError, match="`far` belongs to `source: recall`, found `source: stdlib`"):
+        SourceSettings(source="stdlib", far=0.5)
+    with pytest.raises(ValueError, match="less than or equal to 1"):
+        SourceSettings(source="recall", far=1.5)
