@@ -27,6 +27,9 @@ TEMPLATES: tuple[tuple[tuple[str, str, str], tuple[str, str]], ...] = (
 WORD = re.compile(r"[Ġ▁][a-z]{3,12}$")
 """Vocabulary entries that are one lower-case word with its leading space (byte-level BPE or SentencePiece)."""
 
+FAR = 512
+"""Tokens beyond which the other kinds seldom ask, however long the document; a far document asks beyond them alone."""
+
 
 @dataclass
 class RecallDocument:
@@ -239,7 +242,11 @@ class RecallGenerator:
         return self._cut(document, length)
 
     def _far_document(self, length: int, max_pairs: int) -> RecallDocument:
-        """Statements in the first part, text, all questions in the last: distances from about half the length on."""
+        """Text, all statements, text, all questions, text.
+
+        Between statements and questions lie from `FAR` tokens to as many as there is room for, uniform in the
+        logarithm; statements and questions are scattered in `FAR` more.
+        """
         rng = self.rng
         statement, question = rng.choice(self._templates)
         value_length = rng.choice((1, 1, 1, 2))
@@ -252,15 +259,19 @@ class RecallGenerator:
         lines = [self._line(statement, keys[n], values[n], statement[2]) for n in range(pairs)]
         asks = [self._line(question, keys[n], values[n], statement[2]) for n in order]
         room = max(0, length - pairs * (stated + asked))
-        before, after = rng.randint(0, room // 4), rng.randint(0, room // 4)
-        ids, ends = self._scatter(lines, before + pairs * stated)
-        ids += self.text(room - before - after)
-        last, asked_ends = self._scatter(asks, after + pairs * asked)
-        document = RecallDocument(ids + last)
+        least = min(FAR, room)
+        between = round(least * (room / max(1, least)) ** rng.random())
+        spread = min(FAR, room - between)
+        early = rng.randint(0, spread)
+        lead = rng.randint(0, room - between - spread)
+        first, ends = self._scatter(lines, early + pairs * stated)
+        last, asked_ends = self._scatter(asks, spread - early + pairs * asked)
+        document = RecallDocument(self.text(lead) + first + self.text(between))
         for place, end in zip(order, asked_ends):
-            answered = len(ids) + end - len(statement[2])
+            answered = len(document.input_ids) + end - len(statement[2])
             document.answers.append((answered - value_length, answered))
-            document.distances.append(answered - value_length - ends[place])
+            document.distances.append(answered - value_length - lead - ends[place])
+        document.input_ids += last + self.text(room - between - spread - lead)
         return self._cut(document, length)
 
     def _line(self, around: Sequence[list[int]], key: int, value: list[int], end: list[int]) -> list[int]:

@@ -8,10 +8,10 @@ from made_text import make_recipe, word_tokenizer
 
 from nha_convert.data import training_dataset
 from nha_convert.data.stage_data import recall_generator
-from nha_convert.recall_documents import RecallDocument, RecallGenerator
+from nha_convert.recall_documents import FAR, RecallDocument, RecallGenerator
 from nha_convert.recipe import SourceSettings
 
-FILLER = list(range(33, 90)) * 60  # no word among these ids
+FILLER = list(range(33, 90)) * 400  # no word among these ids
 
 
 def generator(far: float, seed: int = 0) -> RecallGenerator:
@@ -45,13 +45,18 @@ def test_far_documents_state_first_and_ask_last(length: int) -> None:
         assert len(set(keys)) == len(keys)
 
 
-def test_distances_reach_the_rows_length() -> None:
+@pytest.mark.parametrize("length", [1280, 16384])
+def test_distances_reach_the_rows_length(length: int) -> None:
     far, near = (
-        [distance for _ in range(60) for distance in made.document(1280).distances]
+        [distance for _ in range(80) for distance in made.document(length).distances]
         for made in (generator(1.0), generator(0.0))
     )
-    assert max(far) > 1100 and sum(distance > 640 for distance in far) > len(far) / 3
-    assert sum(distance > 640 for distance in near) < len(near) / 20
+    assert sum(distance < FAR for distance in far) < len(far) / 20  # of rows that are full of statements
+    assert max(far) > 0.85 * length
+    parts = [length / 2**place for place in range(5) if length / 2**place >= 2 * FAR]
+    counts = [sum(part / 2 < distance <= part for distance in far) for part in parts]
+    assert min(counts) > len(far) / 20  # no distance dominates: the upper half, the quarter below it, ...
+    assert sum(distance > length / 2 for distance in near) < len(near) / 15
 
 
 @pytest.mark.parametrize("length", [5, 12, 40])
