@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from nha_convert.plan import model_dimensions
 from nha_convert.recipe import Recipe
 from tools import acceptance_fidelity as fidelity
 from tools import study_memory, study_quarter, study_training
@@ -63,6 +64,16 @@ def test_the_memory_line_reads_the_longest_run_of_each_window(studies: Path) -> 
         seeds[0] = {**seeds[0], "final": {**seeds[0]["final"], "recovery": 0.8}}
         (studies / "memory.json").write_text(json.dumps(seeds))
         assert not fidelity.memory()["met"], "every seed counts"
+
+
+def test_slots_shared_out_are_told_and_do_not_count(studies: Path) -> None:
+    rows = [memory_row(teacher, window, 0.9, [0.1]) for teacher in ("a", "b") for window in ("32", "64")]
+    for recovery in (0.7, 0.95):
+        shared = memory_row("a", "32", recovery, [0.1]) | {"protocol": "shared", "tokens": 4_000_000}
+        (studies / "memory.json").write_text(json.dumps([*rows, shared]))
+        assert fidelity.memory()["met"] and f"a, W 32, shared, seed 0: {recovery:.3f}" in fidelity.memory()["measured"]
+        (studies / "memory.json").write_text(json.dumps([*rows[1:], shared]))
+        assert not fidelity.memory()["met"], "it stands for no run with as many slots in every layer"
 
 
 def test_the_windows_line_wants_a_falling_curve(studies: Path) -> None:
@@ -172,6 +183,8 @@ def test_recipes_of_the_memory_study(teacher: str, window: str, name: str) -> No
     assert all(stage.random_windows == drawn for stage in recipe.stages)
     assert sum(stage.tokens for stage in recipe.stages) == protocol.tokens <= 4_000_000
     assert {name for stage in recipe.stages for name in stage.sources or ()} <= {"recall"}
+    layers = model_dimensions(study_memory.TEACHERS[teacher]).layers
+    assert sum(recipe.nha.slots_by_layer(layers)) == study_memory.SLOTS * layers
 
 
 def test_the_memory_page() -> None:
