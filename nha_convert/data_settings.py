@@ -26,8 +26,8 @@ class SourceSettings(Settings):
         data_files: files, globs or URLs of that dataset or format.
         streaming: read a Hub dataset as it comes; false downloads it first.
         split: its split.
-        far: `recall`: share of its documents that state everything in their first part and ask for it in their last, so
-            that distances reach the row's length; the others ask all along.
+        far: `recall`: share of its documents that ask from afar: they state everything before they ask for any of it,
+            from 512 tokens to the row's length apart; the others ask all along.
         column: the column of the text, or of the conversation: a list of {role, content}.
         prompt, response: `chat`: two columns of text instead of a conversation.
     """

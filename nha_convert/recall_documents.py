@@ -28,7 +28,8 @@ WORD = re.compile(r"[Ġ▁][a-z]{3,12}$")
 """Vocabulary entries that are one lower-case word with its leading space (byte-level BPE or SentencePiece)."""
 
 FAR = 512
-"""Tokens beyond which the other kinds seldom ask, however long the document; a far document asks beyond them alone."""
+"""Tokens beyond which the other kinds seldom ask, however long the document; far documents ask beyond them alone where
+they have the room."""
 
 
 @dataclass
@@ -53,7 +54,8 @@ class RecallGenerator:
         tokenizer: a `transformers` tokenizer; its one-token lower-case words become keys and values.
         filler: token ids of ordinary text, cut at random places to fill the gaps.
         seed: everything drawn comes from this.
-        far: share of the training documents that ask for everything at their end.
+        far: share of the training documents that state everything before they ask for any of it, `FAR` tokens apart and
+            more.
     Raises:
         ValueError: fewer than 64 one-token words in the vocabulary, or too little filler.
     """

@@ -115,7 +115,7 @@ def _memory_figures(run: RunData) -> list[Figure]:
 
 
 def _cost_figures(run: RunData) -> list[Figure]:
-    spread = "Median of the repeats; bars: its 95 % interval, or of fewer than six repeats their range."
+    spread = "Median of the repeats; bars: its interval, of fewer than six repeats their range."
     return [
         ("Cache memory", report_plots.cache_memory(run.bench), "Bytes of all cached tensors, batch 1."),
         ("Decode latency", report_plots.decode_latency(run.bench), spread),

@@ -142,7 +142,7 @@ def cache_memory(bench: dict[str, Any] | None) -> str | None:
 
 
 def decode_latency(bench: dict[str, Any] | None) -> str | None:
-    """Milliseconds per decoded token against context with the spread of repeats; None where nothing was timed."""
+    """Milliseconds per decoded token against context with the medians' intervals; None where nothing was timed."""
     rows = (bench or {}).get("decode")
     if not rows:
         return None

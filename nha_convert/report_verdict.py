@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from nha_convert.evaluate.benchmark_table import byte_text, interval_name
+from nha_convert.evaluate.benchmark_table import brackets, byte_text
 from nha_convert.evaluate.recall import wilson_interval
 
 LEAST_RECOVERY = 0.85
@@ -158,8 +158,8 @@ def _how(shares: dict[str, Estimate], timed: dict[str, Any] | None) -> list[str]
         sizes = [byte_text(timed["cache_bytes"][mode]) for mode in ("student", "teacher")]
         sentences.append(
             f"A token after {timed['context']:,} others takes {times[0]} instead of {times[1]}, and the cache "
-            f"{sizes[0]} instead of {sizes[1]}. Medians of {timed['ratio']['runs']} turns, the ratio's "
-            f"{interval_name(timed['ratio'])} interval {timed['ratio']['low']:.2f} to {timed['ratio']['high']:.2f}."
+            f"{sizes[0]} instead of {sizes[1]}. Medians of {timed['ratio']['runs']} turns; of the "
+            f"ratio {timed['ratio']['low']:.2f} to {timed['ratio']['high']:.2f}, {brackets(timed['ratio'])}."
         )
     return sentences
 
@@ -247,7 +247,7 @@ def _idle(evaluation: dict[str, Any]) -> list[str]:
 
 
 def _slower(bench: dict[str, Any] | None) -> list[str]:
-    """Where all but the fastest repeats were slower than the teacher, and where the cache is larger."""
+    """Where the interval of the median ratio lies below 1, and where the cache is larger."""
     bench = bench or {}
     sentences = []
     for kind, key in (("Decoding", "context"), ("Prefill", "tokens")):

@@ -58,7 +58,8 @@ def test_a_good_run() -> None:
     assert said.wrong == []
     assert said.how[0].startswith("What it keeps of the teacher: likelihood 99.0 % [98.5, 99.5], recall 100.0 % [")
     assert "takes 100 ms instead of 525 ms, and the cache 4 MB instead of 100 MB." in said.how[1]
-    assert said.how[1].endswith("Medians of 20 turns, the ratio's 95 % interval 4.73 to 5.78.")
+    assert "Medians of 20 turns; of the ratio 4.73 to 5.78, the interval that holds the true median" in said.how[1]
+    assert said.how[1].endswith("with 96 % confidence.")
     assert "bootstrap over 32 windows, seed 7" in said.definition
     assert any("Memory recovery is 0.950 [0.900, 0.980]" in line for line in said.good)
     assert any("KL to the teacher is 0.0150 [0.0100, 0.0200] nats" in line for line in said.good)

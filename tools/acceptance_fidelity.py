@@ -55,6 +55,7 @@ def memory() -> dict[str, Any]:
         positive = sum(one["nll_gain"] > 0 for one in row["layers"])
         sure = sum(bool(one["interval"]) and one["interval"][0] > 0 for one in row["layers"])
         parts.append(
+            f"{'' if row in rows else 'not counted: '}"
             f"{row['teacher']}, W {row['window']}, {row['protocol']}, seed {row['seed']}: "
             f"{row['final']['recovery']:.3f} ({low:.2f} to {high:.2f}), {positive} of {len(row['layers'])} layers "
             f"positive, {sure} surely, {row['tokens'] / 1e6:.2g}M tokens"
@@ -109,7 +110,7 @@ def quarter() -> dict[str, Any]:
         most = max(_spent(row) for row in own)
         own = [row for row in own if _spent(row) == most]
         trained = f"{most[0] // 1000}k tokens of distillation" if most[0] else "alignment alone"
-        trained += f" ({100 * most[2]:.0f} % of recall documents ask at their end)" if most[2] else ""
+        trained += f" ({100 * most[2]:.0f} % of recall documents ask from afar)" if most[2] else ""
         change = mean(row["final"]["nll"] / row["base"]["nll"] - 1 for row in own)
         ratios = {
             distance: sum(row["final"]["recall"][distance][0] for row in own)

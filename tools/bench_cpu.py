@@ -15,6 +15,7 @@ import contextlib
 import datetime
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config  # noqa: E402
 from nha_convert.convert import nha_config  # noqa: E402
 from nha_convert.evaluate import benchmark  # noqa: E402
 from nha_convert.evaluate.benchmark import MODES, in_turns, prefill, timed  # noqa: E402
-from nha_convert.evaluate.benchmark_table import interval_name  # noqa: E402
+from nha_convert.evaluate.benchmark_table import brackets  # noqa: E402
 from nha_convert.gate_init import init_gates  # noqa: E402
 from nha_convert.modeling.attention_nha import nha_layers, teacher_mode  # noqa: E402
 from nha_convert.provenance import processor  # noqa: E402
@@ -94,9 +95,11 @@ def say(text: str) -> None:
 def measure_prefill(model: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds for all tokens: each way once, at once and in chunks, then teacher and student by turns in their faster.
 
+    Turns that show another way to be the faster one are taken again.
+
     Returns:
         {"tried": {mode: {tokens per call: seconds}}, "calls": {mode: tokens per call of the turns}, "teacher",
-        "student", "ratio"}, the last three as `in_turns` has them.
+        "student", "ratio"}, the last three as `in_turns` has them; tokens per call are strings, as in JSON.
     """
     ids = torch.randint(0, options.vocabulary, (1, options.tokens))
 
@@ -108,13 +111,23 @@ def measure_prefill(model: Any, options: argparse.Namespace) -> dict[str, Any]:
 
     for mode in MODES:
         seconds(mode, WARM_UP, ids[:, :WARM_UP])
-    ways = [options.tokens, options.chunk] if options.chunk else [options.tokens]
-    tried = {mode: {chunk: seconds(mode, chunk) for chunk in ways} for mode in MODES}
-    calls = {mode: min(ways, key=tried[mode].__getitem__) for mode in MODES}
-    runs: dict[str, list[float]] = {mode: [] for mode in MODES}
-    for _ in range(options.repeats):
+    ways = [str(chunk) for chunk in (options.tokens, options.chunk) if chunk]
+    tried: dict[str, dict[str, float]] = {mode: {} for mode in MODES}
+    for way in ways:
         for mode in MODES:
-            runs[mode].append(seconds(mode, calls[mode]))
+            tried[mode][way] = seconds(mode, int(way))
+    known = {mode: dict(tried[mode]) for mode in MODES}
+    calls: dict[str, str] = {}
+    runs: dict[str, list[float]] = {}
+    for _ in ways:
+        faster = {mode: min(ways, key=known[mode].__getitem__) for mode in MODES}
+        if faster == calls:
+            break
+        calls, runs = faster, {mode: [] for mode in MODES}
+        for _ in range(options.repeats):
+            for mode in MODES:
+                runs[mode].append(seconds(mode, int(calls[mode])))
+        known = {mode: known[mode] | {calls[mode]: statistics.median(runs[mode])} for mode in MODES}
     return {"tried": tried, "calls": calls} | in_turns(runs)
 
 
@@ -221,9 +234,8 @@ def counted(results: dict[str, Any]) -> str:
     tried = "; ".join(f"{mode} {', '.join(times)}" for mode, times in ways.items())
     return (
         f"Medians of {sizes['repeats']} prefills, {sizes['attention_repeats']} runs of the attention and "
-        f"{sizes['steps']} decoded tokens; measured is the median of the turns' ratios, in brackets the interval that "
-        f"holds the true one with {interval_name(*timed_rows)} confidence. Each reads the prompt in the calls that "
-        f"were faster when each way was tried once: {tried}."
+        f"{sizes['steps']} decoded tokens; measured is the median of the turns' ratios, in brackets "
+        f"{brackets(*timed_rows)}. Each reads the prompt in its faster way; each way once: {tried}."
     )
 
 

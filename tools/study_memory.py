@@ -4,9 +4,9 @@
     python tools/study_memory.py --work DIR --only embedded/32/short   one of them: TEACHER/WINDOW/PROTOCOL
     python tools/study_memory.py                                       only writes the tables of what was measured
 
-Every layer NHA, 64 slots per key/value head. A window is a number or `random`, which draws each layer's window of 32,
-64 or 256 at every step, is measured at 64, and then at W = 0, 32, 64, 256 and full. Each run is `nha-convert run` on a
-recipe that is kept beside its results.
+Every layer NHA, 64 slots per key/value head, in `shared` on average. A window is a number or `random`, which draws each
+layer's window of 32, 64 or 256 at every step, is measured at 64, and then at W = 0, 32, 64, 256 and full. Each run is
+`nha-convert run` on a recipe that is kept beside its results.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TEACHERS = {"embedded": "embedded", "qwen3": str(ROOT / "recipes" / "teacher-qwe
 RANDOM, MEASURED_AT = [32, 64, 256], ["0", "32", "64", "256", "full"]
 SLOTS = 64
 SHARED = {"embedded": [32, 160, 32, 32], "qwen3": [64, 192, 32, 32, 32, 32]}
-"""SLOTS a layer on average: most where the layer's own ablation costs most."""
+"""SLOTS a layer on average: most where `long`'s own ablation, on the text of the study, costs most."""
 ALIGN = 250_000
 GOAL = 0.85
 
@@ -59,7 +59,8 @@ class Protocol:
 
     def __str__(self) -> str:
         stages = (f"{tokens / 1e3:,.0f}k of {source or 'the mix'}" for tokens, source in self.distill)
-        slots = "; as many slots, shared out by need" if self.shared else ""
+        layers = "; ".join(f"{teacher} {', '.join(map(str, slots))}" for teacher, slots in SHARED.items())
+        slots = f"; as many slots in all, by layer: {layers}" if self.shared else ""
         return f"{self.sinks or 'no'} sinks, distilled on {', then '.join(stages)}, gates at {self.gate_rate:g}{slots}"
 
 
@@ -69,7 +70,12 @@ PROTOCOLS = {
     "long": Protocol(sinks=0, distill=((2_250_000, "recall"), (1_500_000, None)), gate_rate=5e-3),
 }
 PROTOCOLS["shared"] = replace(PROTOCOLS["long"], shared=True)
-RUNS = [(teacher, window, name) for name in PROTOCOLS for teacher in TEACHERS for window in ("32", "64", "random")]
+RUNS = [
+    (teacher, window, name)
+    for name, protocol in PROTOCOLS.items()
+    for teacher in TEACHERS
+    for window in ("32", "64", "random")[: 2 if protocol.shared else 3]
+]
 
 
 def study_recipe(teacher: str, window: str, protocol: Protocol, seed: int) -> dict[str, Any]:
@@ -172,7 +178,8 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Memory of a conversion of every layer",
         "",
-        "Written by `python tools/study_memory.py --work DIR`: every layer NHA, 64 slots, gates `attended`, "
+        "Written by `python tools/study_memory.py --work DIR`: every layer NHA, 64 slots (`shared`: on average, split "
+        "by hand where masking a layer's slots costs `long` most on the text that is measured), gates `attended`, "
         f"{ALIGN // 1000}k tokens of alignment at 1e-2, then distillation (KL, gates and LoRA of rank 8). Teachers: "
         "the embedded Llama and [teacher-qwen3](../../recipes/teacher-qwen3/README.md). `random`: windows of "
         f"{', '.join(map(str, RANDOM))} drawn per layer and step, measured at 64. Intervals: 95 %, bootstrap over "

@@ -3,7 +3,8 @@
     python tools/study_quarter.py --work DIR                     both teachers, seed 0 (half an hour on one core)
     python tools/study_quarter.py --work DIR --only qwen3 --seed 1
     python tools/study_quarter.py --work DIR --only qwen3 --distill 1600000   with a longer distillation
-    python tools/study_quarter.py --work DIR --only qwen3 --far 0.5   half of the recall documents ask at their end
+    python tools/study_quarter.py --work DIR --only qwen3 --distill 1000000 --far 0.5   half of the recall documents
+                                                                                  ask from afar
     python tools/study_quarter.py                                only writes the table of what was measured
 
 Each run is the recipe `demo` on one core, with `auto:N`, its teacher, a seed, rows of 1280 tokens (the farthest
@@ -75,7 +76,7 @@ def key(row: dict[str, Any]) -> tuple[str, int, int, int, float]:
 def page(rows: list[dict[str, Any]]) -> str:
     """docs/studies/quarter.md."""
     distances = [int(distance) for distance in rows[0]["final"]["recall"]] if rows else []
-    head = ["teacher", "seed", "rows of", "asked at the end", "tokens", "full layers"]
+    head = ["teacher", "seed", "rows of", "far documents", "tokens", "full layers"]
     head += ["NLL against the teacher's (95 %)"]
     head += [f"recall at {distance}: teacher, student" for distance in distances]
     lines = [
@@ -84,8 +85,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         "Written by `python tools/study_quarter.py --work DIR`: the recipe `demo` (W 64, M 64, "
         f"{ALIGN // 1000}k tokens of alignment, then distillation) with the layer that `auto` chooses; {PROMPTS} "
         "prompts per distance, 95 % Wilson intervals; of the NLL, a bootstrap over windows. A step has 2048 "
-        "tokens, with rows of 1280 one row. Asked at the end: the share of recall documents that state everything in "
-        "their first part and ask for it in their last (`far`); the others seldom ask beyond 512 tokens.",
+        "tokens, with rows of 1280 one row. Far documents: the share of recall documents that state everything before "
+        "they ask for any of it, 512 tokens and more apart (`far`); the others seldom ask beyond 512 tokens.",
         "",
         f"| {' | '.join(head)} |",
         "|---" * len(head) + "|",
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--length", type=int, choices=LENGTHS, default=LENGTHS[-1], help="tokens of a training row")
     parser.add_argument("--distill", type=int, default=DISTILL, help="tokens of the distillation")
-    parser.add_argument("--far", type=float, default=0.0, help="share of recall documents that ask at their end")
+    parser.add_argument("--far", type=float, default=0.0, help="share of recall documents that ask from afar")
     options = parser.parse_args()
     if not 0 < options.distill <= MOST - ALIGN:
         raise SystemExit(f"--distill {options.distill}: allowed are 1 to {MOST - ALIGN}")

@@ -229,15 +229,15 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     Source: the sign test inverted, as in W. J. Conover, Practical Nonparametric Statistics, section 3.2.
     """
     ordered, runs = sorted(values), len(values)
-    below, outside = 1, 2 * 0.5**runs  # runs that the interval begins with, and how likely it misses on either side
-    while (wider := outside + 2 * math.comb(runs, below) * 0.5**runs) <= 1 - CONFIDENCE:
-        below, outside = below + 1, wider
+    below, missed = 1, 2  # the run that the interval begins with; orders of all 2^runs that it misses on either side
+    while (more := missed + 2 * math.comb(runs, below)) / 2**runs <= 1 - CONFIDENCE:
+        below, missed = below + 1, more
     low, high = ordered[below - 1], ordered[-below]
     return {
         "median": statistics.median(ordered),
         "low": low,
         "high": high,
-        "confidence": max(0.0, 1 - outside),
+        "confidence": max(0.0, 1 - missed / 2**runs),
         "runs": runs,
     }
 

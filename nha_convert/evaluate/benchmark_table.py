@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import Group
@@ -38,13 +39,13 @@ def prefill_rows(bench: dict[str, Any]) -> list[list[str]]:
 
 
 def bench_notes(bench: dict[str, Any]) -> list[str]:
-    """What a reader of the tables has to know: spread, machine, teacher, untrained positions, what is left out."""
+    """What a reader of the tables has to know: intervals, machine, teacher, untrained positions, what is left out."""
     where, positions = bench["environment"], bench["max_position_embeddings"]
     rows = [*bench["decode"], *bench["prefill"]]
     threads = f", torch threads: {where['threads']}" if where["device"] == "cpu" else ""
     notes = [
-        "Medians of turns, teacher and student by turns in one process; in brackets intervals that hold the true "
-        f"median with {interval_name(*(row['ratio'] for row in rows))} confidence. "
+        "Medians of turns, teacher and student by turns in one process; in brackets "
+        f"{brackets(*(row['ratio'] for row in rows))}. "
         f"Batch 1, {where['dtype']}, {where['device_name']}{threads}.",
         f"Teacher: {bench['teacher']}, with transformers' DynamicCache.",
         "Caches for decoding hold random keys and values.",
@@ -79,9 +80,10 @@ def _table(title: str, header: list[str], rows: list[list[str]]) -> Table:
     return table
 
 
-def interval_name(*timed: dict[str, Any]) -> str:
-    """How sure the intervals of all these summaries are: `95 %`, or less where one has too few turns for it."""
-    return f"{100 * min([0.95, *(one.get('confidence', 0.0) for one in timed)]):.0f} %"
+def brackets(*timed: dict[str, Any]) -> str:
+    """What `low` and `high` of all these summaries are; the least sure of them speaks."""
+    sure = math.floor(100 * min(one.get("confidence", 0.0) for one in timed))  # older files have none
+    return f"the interval that holds the true median with {sure} % confidence" if sure else "the range of the turns"
 
 
 def byte_text(number: float) -> str:

@@ -159,6 +159,8 @@ def test_summary_and_timed() -> None:
     assert [interval(runs) for runs in (1, 3, 5, 6)] == [[1, 1, 0.0], [1, 3, 0.75], [1, 5, 0.9375], [1, 6, 0.9688]]
     assert [interval(runs) for runs in (8, 9, 15)] == [[1, 8, 0.9922], [2, 8, 0.9609], [4, 12, 0.9648]]
     assert interval(20) == [6, 15, 0.9586]
+    many = interval(3000)  # beyond what a float holds; a normal distribution has 1500 -+ 1.96 sqrt(3000) / 2
+    assert many[:2] == [1446, 1555] and 0.95 <= many[2] < 0.955
     assert benchmark.timed(lambda: time.sleep(0.02)) >= 0.02
 
 
