@@ -32,8 +32,8 @@ TEACHERS = {"embedded": "embedded", "qwen3": str(ROOT / "recipes" / "teacher-qwe
 RANDOM, MEASURED_AT = [32, 64, 256], ["0", "32", "64", "256", "full"]
 SLOTS = 64
 SHARED = {"embedded": [32, 160, 32, 32], "qwen3": [64, 192, 32, 32, 32, 32]}
-"""SLOTS a layer on average. The embedded teacher's is what `search --slots` proposes on text of training; Qwen3's is set
-by hand, most where `long`'s own ablation costs most, on the text of the study."""
+"""SLOTS a layer on average. The embedded teacher's is what `search --slots` proposes on text of training; Qwen3's is by
+hand, most where `long`'s own ablation costs most, on the text of the study."""
 ALIGN = 250_000
 GOAL = 0.85
 
@@ -180,7 +180,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "# Memory of a conversion of every layer",
         "",
         "Written by `python tools/study_memory.py --work DIR`: every layer NHA, 64 slots (`shared`: on average; the "
-        "embedded teacher's split is what `search --slots` proposes, [training.md](training.md); Qwen3's is set by hand, "
+        "embedded teacher's split is what `search --slots` proposes, [training.md](training.md), Qwen3's is by hand, "
         "most where masking a layer's slots costs `long` most on the text that is measured), gates `attended`, "
         f"{ALIGN // 1000}k tokens of alignment at 1e-2, then distillation (KL, gates and LoRA of rank 8). Teachers: "
         "the embedded Llama and [teacher-qwen3](../../recipes/teacher-qwen3/README.md). `random`: windows of "
