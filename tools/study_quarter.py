@@ -97,8 +97,7 @@ def page(rows: list[dict[str, Any]]) -> str:
             for value in (row["final"]["nll"] - row["base"]["nll"], *row["final"]["nll_above_teacher"])
         )
         cells = [row["teacher"], str(row["seed"]), str(row["length"]), f"{100 * row['far']:.0f} %"]
-        cells += [f"{(ALIGN + row['distill']) / 1e6:g}M"]
-        cells += [f"{row['full']} of {row['layers']}"]
+        cells += [f"{(ALIGN + row['distill']) / 1e6:g}M", f"{row['full']} of {row['layers']}"]
         cells.append(f"{change:+.2f} % ({between[0]:+.2f} to {between[1]:+.2f})")
         for distance in map(str, distances):
             base, final = row["base"]["recall"][distance], row["final"]["recall"][distance]

@@ -155,7 +155,7 @@ def test_summary_and_timed() -> None:
         assert found["median"] == (runs + 1) / 2 and found["runs"] == runs
         return [found["low"], found["high"], round(found["confidence"], 4)]
 
-    # Conover's table of the sign test: from 6 runs on there is a 95 % interval, from 9 on without the outermost runs
+    # of a binomial of 1/2, worked out: from 6 runs on there is a 95 % interval, from 9 on without the outermost runs
     assert [interval(runs) for runs in (1, 3, 5, 6)] == [[1, 1, 0.0], [1, 3, 0.75], [1, 5, 0.9375], [1, 6, 0.9688]]
     assert [interval(runs) for runs in (8, 9, 15)] == [[1, 8, 0.9922], [2, 8, 0.9609], [4, 12, 0.9648]]
     assert interval(20) == [6, 15, 0.9586]
