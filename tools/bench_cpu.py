@@ -1,6 +1,6 @@
 """Measure NHA on the CPU against the teacher with its KV cache; write kernels/bench/results/cpu-bf16.{json,md}.
 
-    python tools/bench_cpu.py                                                      Qwen2.5-0.5B's shapes (24 minutes)
+    python tools/bench_cpu.py                                                      Qwen2.5-0.5B's shapes (27 minutes)
     python tools/bench_cpu.py --tokens 512 --layers 2 --vocabulary 1000 --contexts 128 1024 --out /tmp/cpu    seconds
 
 A randomly initialised model of those shapes is converted in memory, so that every layer is NHA; the teacher is the same
@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 8192, 32768], help="of the decode steps")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens per call of the chunked prefill; 0: leave out")
     parser.add_argument("--repeats", type=int, default=6, help="prefills of each, the faster way; the median counts")
-    parser.add_argument("--attention-repeats", type=int, default=7, help="runs of the attention alone")
+    parser.add_argument("--attention-repeats", type=int, default=21, help="runs of the attention alone")
     parser.add_argument("--steps", type=int, default=15, help="timed decode steps per context")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="bf16 is what transformers loads")
