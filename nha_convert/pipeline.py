@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from .bench_checkpoint import BENCH, bench_models
 from .convert import load_student, new_parameter_names
 from .data import held_out_tokens, recall_filler, training_dataset
-from .devices import find_device, input_device, working_device, world_of
+from .devices import input_device, working_device, world_of
 from .errors import InputError, WorkError
 from .evaluate.suite import evaluate_student, evaluate_teacher
 from .files import write_json, write_text
@@ -273,7 +273,7 @@ class Job:
                 self.rows[label] = self.measure.teacher(model)
             else:
                 changed = any(stage.changes_base for stage in self.recipe.stages[: index + 1])
-                teacher = self.measure.teacher_model(self.teacher_dir) if changed else None
+                teacher = self.measure.teacher_model(self.teacher_dir, self.place) if changed else None
                 self.rows[label] = self.measure.student(model, label, teacher=teacher, last=last)
             moved(model, self.home)
 
@@ -366,12 +366,12 @@ class Measurement:
             ),
         )
 
-    def teacher_model(self, teacher_dir: Path) -> torch.nn.Module:
+    def teacher_model(self, teacher_dir: Path, place: torch.device) -> torch.nn.Module:
         """The teacher as its own model, needed once merged adapters have changed the student's backbone."""
         if self._teacher_model is None:
             dtype = getattr(torch, self.recipe.runtime.dtype)
             teacher = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=dtype)
-            self._teacher_model = teacher.to(find_device(self.recipe.runtime.device)).eval()
+            self._teacher_model = teacher.to(place).eval()
         return self._teacher_model
 
     def summary(self, rows: dict[str, dict[str, Any]], *, seconds: float) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def training_dataset(
         if not texts:  # a stage of recall alone: the other stages' text fills its gaps
             others = [source for source in recipe.data.sources if source.source != "recall"]
             texts = [train_stream(recipe, source, tokenizer, quiet) for source in others]
-        common["recall"] = recall_generator(tokenizer, texts[0] if len(texts) == 1 else Joined(texts), sources)
+        common["recall"] = recall_generator(tokenizer, Joined(texts), sources)
     if recipe.data.packing == "windows":
         return WindowDataset(streams, **common)
     padding = next((one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id) if one is not None), 0)

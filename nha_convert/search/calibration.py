@@ -82,8 +82,7 @@ def calibration_text(
     texts = [stream for _, stream in streams if stream is not None]
     recall = None
     if with_recall or len(texts) < len(streams):
-        filler = texts[0] if len(texts) == 1 else Joined(texts)
-        recall = recall_generator(tokenizer, filler, recipe.data.sources)
+        recall = recall_generator(tokenizer, Joined(texts), recipe.data.sources)
     dataset = WindowDataset(
         streams, length=rows, sequence_length=length - 1, bos=None, recall=recall, seed=(recipe.seed, "search")
     )
