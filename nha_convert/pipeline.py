@@ -41,6 +41,7 @@ from .publish.verify import verify_checkpoint
 from .recipe import Recipe, dump_recipe
 from .report import write_report
 from .search.auto import choose_for_run
+from .search.student import started
 from .settings_types import NEEDS_TEXT
 from .streamed import is_streamed, load_streamed
 from .train import run_stage
@@ -211,7 +212,9 @@ class Job:
     def _load_searched(self, recipe: Recipe) -> Any:
         """The model whose layers are measured for `auto:N`."""
         streamed = bool(recipe.stages) and recipe.by_layer(0)
-        return self._load_streamed(recipe) if streamed else self._load(recipe).to(self.place)
+        if streamed:
+            return self._load_streamed(recipe)
+        return started(self._load(recipe).to(self.place), recipe, self.tokenizer, quiet=self.quiet)
 
     def _load_streamed(self, recipe: Recipe | None = None) -> Any:
         """The student of a recipe that trains a few layers at a time: its base tensors stay on disk."""

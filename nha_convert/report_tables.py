@@ -7,10 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from nha_convert.evaluate.benchmark_table import DECODE_HEADER, PREFILL_HEADER, bench_notes, decode_rows, prefill_rows
+from nha_convert.evaluate.layer_table import (
+    GAIN_HEADER,
+    USAGE_HEADER,
+    layer_cells,
+    layer_notes,
+    span,
+    without_memory,
+)
 from nha_convert.evaluate.table import NOT_MEASURED, recall_columns, table_header, table_notes, table_rows
 from nha_convert.evaluate.task_table import harness_rows, has_tasks, task_distances, task_notes, task_rows
 
-NO_INTERVAL = ""
 NOT = '<p class="soft">not measured{}</p>'
 BRANCHES = (
     ("final", "slots and window"),
@@ -49,7 +56,7 @@ def table(
 
 def _plain(cells: Sequence[str]) -> list[tuple[str, str]]:
     """Cells without intervals; a trailing `[low, high]` goes below its number."""
-    return [(text, f"[{rest}") if rest else (text, NO_INTERVAL) for text, _, rest in (c.partition(" [") for c in cells)]
+    return [(text, f"[{rest}") if rest else (text, "") for text, _, rest in (c.partition(" [") for c in cells)]
 
 
 def measured_tables(evaluation: dict[str, Any]) -> str:
@@ -96,11 +103,6 @@ def _intervals(evaluation: dict[str, Any], key: str) -> list[str]:
     return [*cells, span(found.get("memory_recovery"), ".3f")]
 
 
-def span(interval: Sequence[float] | None, form: str) -> str:
-    """`[low, high]`, or nothing."""
-    return f"[{interval[0]:{form}}, {interval[1]:{form}}]" if interval else NO_INTERVAL
-
-
 def layer_table(row: dict[str, Any], layers: Sequence[dict[str, Any]]) -> str:
     """What every layer is and does.
 
@@ -108,40 +110,17 @@ def layer_table(row: dict[str, Any], layers: Sequence[dict[str, Any]]) -> str:
         row: the final model's.
         layers: of plan.json: {"layer", "attention", "window", "slots"}.
     """
-    usage, gains = row.get("slot_usage") or {}, {gain["layer"]: gain for gain in row.get("layer_ablation") or []}
-    places = {layer: place for place, layer in enumerate(usage.get("layers") or [])}
-    known = {layer["layer"]: layer for layer in layers} or {layer: {} for layer in places}
+    measured = layer_cells(row)
+    known = {layer["layer"]: layer for layer in layers} or {layer: {} for layer in measured}
     if not known:
         return NOT.format("")
     rows = []
     for index, layer in known.items():
         kind = "full" if layer.get("attention") == "full" else f"window {layer.get('window', NOT_MEASURED)}"
         cells = [(str(index), ""), (kind, ""), (str(layer.get("slots") or NOT_MEASURED), "")]
-        cells += _usage_cells(usage, places.get(index))
-        gain = gains.get(index)
-        cells.append((f"{gain['nll_gain']:.4f}", span(gain["interval"], ".4f")) if gain else (NOT_MEASURED, ""))
-        rows.append(("", cells))
-    header = ["layer", "attention", "slots", "slot mass", "effective slots", "write rate", "horizon, tokens"]
-    notes = [
-        "Means over heads, in brackets the lowest and the highest head. Slot mass: share of the softmax on the slots. "
-        "Effective slots: how many are read. Write rate: share of a slot that one token overwrites. Horizon: median "
-        "over a head's slots, in brackets the 10 % and 90 % quantile over slots.",
-        "Own gain: by how much this layer's slots alone lower the NLL, nats per token, 95 % interval."
-        + ("" if gains else " Not measured; evaluate.layer_ablation=true measures it."),
-    ]
-    return table("Layers of the final model", [*header, "own gain"], rows, notes)
-
-
-def _usage_cells(usage: dict[str, Any], place: int | None) -> list[tuple[str, str]]:
-    if place is None:
-        return [(NOT_MEASURED, "")] * 4
-    cells = []
-    for name, form in (("slot_mass", ".3f"), ("effective_slots", ".1f"), ("write_rate", ".4f")):
-        heads = usage[name][place]
-        cells.append((f"{sum(heads) / len(heads):{form}}", span([min(heads), max(heads)], form)))
-    low, middle, high = (usage[f"horizon_{name}"][place] for name in ("low", "median", "high"))
-    means = [sum(heads) / len(heads) for heads in (low, middle, high)]
-    return [*cells, (f"{means[1]:.0f}", span([means[0], means[2]], ".0f"))]
+        rows.append(("", cells + measured.get(index, without_memory())))
+    header = ["layer", "attention", "slots", *USAGE_HEADER, GAIN_HEADER]
+    return table("Layers of the final model", header, rows, layer_notes(row))
 
 
 def branch_table(evaluation: dict[str, Any]) -> str:

@@ -180,7 +180,7 @@ class EvaluateSettings(Settings):
         task_prompts: questions per cell.
         task_distances: as multiples of the window.
         layer_ablation: of the final model, also mask the slots of one layer at a time.
-        seed: of the tasks' documents and of the confidence intervals; the recall table's documents are always the same.
+        seed: of what the recall table and the tasks ask, and of the confidence intervals.
         benchmark: at the end of a run, also time the final model beside its teacher; `nha-convert bench` always does.
         benchmark_contexts: tokens before the timed decode step, in caches that are filled, not read.
         benchmark_prefill: tokens of the timed prefills; [] times none.

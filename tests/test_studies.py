@@ -114,6 +114,9 @@ def test_the_lines_of_layers(studies: Path) -> None:
     assert fidelity.auto()["met"]
     write("layers-qwen3", layer_seed(0, 0.5, 0.45))
     assert not fidelity.auto()["met"], "no worse than uniform on either teacher"
+    write("layers", layer_seed(0, 0.5, 0.45))
+    write("layers-qwen3", *(layer_seed(seed, 0.98, 0.2) for seed in range(3)))
+    assert not fidelity.auto()["met"], "on the first teacher, too"
 
 
 def quarter_row(teacher: str, recall: float, change: float = 0.001) -> dict[str, Any]:
@@ -148,6 +151,9 @@ def test_the_line_of_a_quarter(studies: Path) -> None:
     found = write(quarter_row("a", 0.98), quarter_row("b", 0.5), farther)
     assert found["met"] and "(50 % of recall documents ask from afar)" in found["measured"], "of the farthest"
     assert not write(quarter_row("a", 0.98), quarter_row("b", 0.94))["met"]
+    base, final = (quarter_row("b", 0.9)[name]["recall"] for name in ("base", "final"))
+    again = {**quarter_row("b", 0.96), "again": {"base": base, "final": final}}
+    assert not write(quarter_row("a", 0.98), again)["met"], "of both sets of prompts"
     assert not write(quarter_row("a", 0.98), quarter_row("b", 0.98, change=0.011))["met"]
 
 

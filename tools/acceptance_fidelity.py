@@ -112,9 +112,11 @@ def quarter() -> dict[str, Any]:
         trained = f"{most[0] // 1000}k tokens of distillation" if most[0] else "alignment alone"
         trained += f" ({100 * most[2]:.0f} % of recall documents ask from afar)" if most[2] else ""
         change = mean(row["final"]["nll"] / row["base"]["nll"] - 1 for row in own)
+        asked = [(row["final"]["recall"], row["base"]["recall"]) for row in own]
+        asked += [(row["again"]["final"], row["again"]["base"]) for row in own if "again" in row]
         ratios = {
-            distance: sum(row["final"]["recall"][distance][0] for row in own)
-            / max(sum(row["base"]["recall"][distance][0] for row in own), 1e-9)
+            distance: sum(ours[distance][0] for ours, _ in asked)
+            / max(sum(theirs[distance][0] for _, theirs in asked), 1e-9)
             for distance in own[0]["base"]["recall"]
         }
         met = met and abs(change) <= 0.01 and min(ratios.values()) >= 0.95
@@ -154,7 +156,7 @@ def _quarters() -> list[dict[str, Any]]:
     "recall at least 10 points better, or the gap at least halved, over 3 seeds",
 )
 def auto() -> dict[str, Any]:
-    parts, met = [], False
+    parts, met, most = [], True, 0
     for teacher, found in _layer_studies().items():
         seeds = found["seeds"]
         chosen, uniform, whole = (
@@ -166,12 +168,12 @@ def auto() -> dict[str, Any]:
             )
         )
         better = chosen - uniform >= 0.1 or (whole - chosen) <= (whole - uniform) / 2
-        met = (met or len(seeds) >= 3) and better
+        met, most = met and better, max(most, len(seeds))
         parts.append(
             f"{teacher}, {len(seeds)} seeds: recall {100 * chosen:.1f} % against {100 * uniform:.1f} % (teacher "
             f"{100 * whole:.1f} %)"
         )
-    return {"measured": "; ".join(parts), "met": met}
+    return {"measured": "; ".join(parts), "met": met and most >= 3}
 
 
 @line(

@@ -199,7 +199,8 @@ def page(found: dict[str, Any]) -> str:
             "",
             "## How good each choice is",
             "",
-            "After training; mean over seeds ± standard deviation, recall with the 95 % interval over all prompts.",
+            "After training; mean over seeds ± standard deviation, recall with the 95 % interval of one seed's "
+            "prompts, since every seed asks the same ones.",
             "",
             *result_table(seeds),
             "",
@@ -254,10 +255,11 @@ def spread(values: list[float], form: str) -> str:
 
 
 def recalled(cells: list[dict[str, Any]]) -> str:
-    prompts = sum(cell["prompts"] for cell in cells)
-    hits = sum(round(cell["exact_match"] * cell["prompts"]) for cell in cells)
-    low, high = wilson_interval(hits, prompts)
-    return f"{hits / prompts:.2f} ({low:.2f} to {high:.2f})"
+    """Mean over seeds, with the interval of one seed's prompts: every seed asks the same ones."""
+    prompts = cells[0]["prompts"]
+    share = mean(cell["exact_match"] for cell in cells)
+    low, high = wilson_interval(round(share * prompts), prompts)
+    return f"{share:.2f} ({low:.2f} to {high:.2f})"
 
 
 def verdict(seeds: list[dict[str, Any]]) -> list[str]:

@@ -29,16 +29,20 @@ from tools.study_memory import TEACHERS, command  # noqa: E402
 
 OUT = ROOT / "docs" / "studies" / "quarter"
 PROMPTS = 128
+OTHER_PROMPTS = 1
+"""`evaluate.seed` of prompts that nothing was chosen by; a run's own are those of seed 0."""
 LENGTHS = [512, 1024, 1280]
 """Tokens of a training row, of which a step has 2048 at most; 1280 is as far as the teachers go."""
 ALIGN, DISTILL = (stage.tokens for stage in load_recipe("demo").stages)
 MOST = 4_000_000
 """Tokens that a run may take."""
+Run = tuple[str, int, int, int, float]
+"""Teacher, seed, tokens of a row, tokens of distillation, share of far recall documents."""
 
 
 def measure(teacher: str, seed: int, length: int, distill: int, far: float, work: Path) -> dict[str, Any]:
     """One run, and what is kept of its eval.json."""
-    folder = work / f"{teacher}-{seed}-{length}-{distill}-{far:g}"
+    folder = run_folder(work, (teacher, seed, length, distill, far))
     layers = model_dimensions(TEACHERS[teacher]).layers
     settings = {
         "model": TEACHERS[teacher],
@@ -61,14 +65,34 @@ def measure(teacher: str, seed: int, length: int, distill: int, far: float, work
     row |= {"length": length, "distill": distill, "far": far}
     for name in ("teacher", "final"):
         measured = evaluation[name]
-        cells = measured["recall"].items()
-        recall = {distance: [cell["exact_match"], cell["low"], cell["high"]] for distance, cell in cells}
-        row["base" if name == "teacher" else name] = {"nll": measured["nll"], "recall": recall}
+        row["base" if name == "teacher" else name] = {"nll": measured["nll"], "recall": recalled(measured)}
     row["final"]["nll_above_teacher"] = evaluation["final"]["intervals"]["nll_above_teacher"]
     return row
 
 
-def key(row: dict[str, Any]) -> tuple[str, int, int, int, float]:
+def asked_again(run: Run, work: Path) -> dict[str, Any]:
+    """Recall of a finished run and its teacher on OTHER_PROMPTS, as many."""
+    folder = run_folder(work, run)
+    kept = folder / "other_prompts.json"
+    settings = [f"evaluate.seed={OTHER_PROMPTS}", f"evaluate.recall_prompts={PROMPTS}", "evaluate.layer_ablation=false"]
+    command("eval", str(folder), "--json", str(kept), *(part for one in settings for part in ("--set", one)))
+    evaluation = json.loads(kept.read_text(encoding="utf-8"))
+    return {"base": recalled(evaluation["teacher"]), "final": recalled(evaluation["final"])}
+
+
+def recalled(measured: dict[str, Any]) -> dict[str, list[float]]:
+    """Distance -> share of prompts, and its interval."""
+    cells = measured["recall"].items()
+    return {distance: [cell["exact_match"], cell["low"], cell["high"]] for distance, cell in cells}
+
+
+def run_folder(work: Path, run: Run) -> Path:
+    """Where a run is kept."""
+    teacher, seed, length, distill, far = run
+    return work / f"{teacher}-{seed}-{length}-{distill}-{far:g}"
+
+
+def key(row: dict[str, Any]) -> Run:
     """The run that a row is of."""
     return row["teacher"], row["seed"], row["length"], row["distill"], row["far"]
 
@@ -99,11 +123,31 @@ def page(rows: list[dict[str, Any]]) -> str:
         cells = [row["teacher"], str(row["seed"]), str(row["length"]), f"{100 * row['far']:.0f} %"]
         cells += [f"{(ALIGN + row['distill']) / 1e6:g}M", f"{row['full']} of {row['layers']}"]
         cells.append(f"{change:+.2f} % ({between[0]:+.2f} to {between[1]:+.2f})")
-        for distance in map(str, distances):
-            base, final = row["base"]["recall"][distance], row["final"]["recall"][distance]
-            cells.append(f"{base[0]:.2f}, {final[0]:.2f} ({final[1]:.2f} to {final[2]:.2f})")
+        cells += recall_cells(row["base"]["recall"], row["final"]["recall"], distances)
+        lines.append(f"| {' | '.join(cells)} |")
+    again = [row for row in rows if "again" in row]
+    if again:
+        lines += [
+            "",
+            f"## Other prompts ({PROMPTS} of `evaluate.seed={OTHER_PROMPTS}`)",
+            "",
+            "Nothing was chosen by these: each run that counts was asked them once, when it was finished.",
+            "",
+            f"| {' | '.join(head[:5] + head[7:])} |",
+            "|---" * (5 + len(distances)) + "|",
+        ]
+    for row in again:
+        cells = [row["teacher"], str(row["seed"]), str(row["length"]), f"{100 * row['far']:.0f} %"]
+        cells.append(f"{(ALIGN + row['distill']) / 1e6:g}M")
+        cells += recall_cells(row["again"]["base"], row["again"]["final"], distances)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def recall_cells(base: dict[str, list[float]], final: dict[str, list[float]], distances: list[int]) -> list[str]:
+    """Teacher's and student's share by distance, with the student's interval."""
+    shares = ((base[distance], final[distance]) for distance in map(str, distances))
+    return [f"{theirs[0]:.2f}, {ours[0]:.2f} ({ours[1]:.2f} to {ours[2]:.2f})" for theirs, ours in shares]
 
 
 def main() -> None:
@@ -114,6 +158,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, choices=LENGTHS, default=LENGTHS[-1], help="tokens of a training row")
     parser.add_argument("--distill", type=int, default=DISTILL, help="tokens of the distillation")
     parser.add_argument("--far", type=float, default=0.0, help="share of recall documents that ask from afar")
+    parser.add_argument("--again", action="store_true", help="ask other prompts of a run in DIR that has its row")
     options = parser.parse_args()
     if not 0 < options.distill <= MOST - ALIGN:
         raise SystemExit(f"--distill {options.distill}: allowed are 1 to {MOST - ALIGN}")
@@ -126,7 +171,11 @@ def main() -> None:
         run = teacher, options.seed, options.length, options.distill, options.far
         if not any(key(row) == run for row in kept()):
             row = measure(*run, options.work)
+            row["again"] = asked_again(run, options.work)
             write_json(path, [*kept(), row])
+        elif options.again:
+            again = asked_again(run, options.work)
+            write_json(path, [{**row, "again": again} if key(row) == run else row for row in kept()])
     rows = sorted(kept(), key=lambda row: (list(TEACHERS).index(row["teacher"]), *key(row)[1:]))
     write_text(OUT.with_suffix(".md"), page(rows))
 

@@ -19,6 +19,7 @@ from nha_convert.evaluate.bootstrap import (
     mean_of_sums,
     recovery_of_sums,
 )
+from nha_convert.evaluate.layer_table import GAIN_HEADER, USAGE_HEADER, layer_cells, layer_notes
 from nha_convert.evaluate.nll import (
     compare,
     default_batch_size,
@@ -221,6 +222,7 @@ def _recall(
         prompts=settings.recall_prompts,
         span=context - answer - 1,
         value_length=answer,
+        seed=settings.seed * SEED_STEP,
         quiet=quiet,
     )
     left_out = {str(distance): f"no room in the trained context of {context} tokens" for distance in too_far}
@@ -273,6 +275,11 @@ def summary_table(evaluation: dict[str, Any]) -> Table | Group:
     for key, cells in table_rows(evaluation):
         table.add_row(*cells, style="bold" if key == "final" else None)
     further = []
+    final = evaluation.get("final") or {}
+    if layers := layer_cells(final):
+        rows = [[str(index), *("\n".join(filter(None, one)) for one in own)] for index, own in layers.items()]
+        header = ["layer", *USAGE_HEADER, GAIN_HEADER]
+        further.append(_plain_table("Layers of the final model", header, rows, layer_notes(final), names=1))
     if has_tasks(evaluation):
         header = ["", "", *map(str, task_distances(evaluation))]
         further.append(_plain_table("Recall tasks", header, task_rows(evaluation), task_notes(evaluation)))
@@ -282,11 +289,11 @@ def summary_table(evaluation: dict[str, Any]) -> Table | Group:
     return Group(table, *further) if further else table
 
 
-def _plain_table(title: str, header: list[str], rows: list[list[str]], notes: list[str]) -> Table:
-    """A table whose first two columns are names."""
+def _plain_table(title: str, header: list[str], rows: list[list[str]], notes: list[str], *, names: int = 2) -> Table:
+    """A table whose first columns are names."""
     table = Table(title=title, caption="\n".join(notes), caption_justify="left")
     for index, column in enumerate(header):
-        table.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
+        table.add_column(column, justify="left" if index < names else "right", no_wrap=True)
     for cells in rows:
         table.add_row(*cells)
     return table

@@ -18,6 +18,7 @@ from .calibration import Calibration, calibration_text
 from .choose import Option, greedy_path, loss_of, neediest, size_of, within_budget
 from .request import SearchRequest
 from .scores import Losses, divergences, layer_losses
+from .student import started
 
 POINTS = 12
 """Points of the curve that are measured."""
@@ -36,7 +37,7 @@ def find_windows(request: SearchRequest, *, quiet: bool = True) -> dict[str, Any
     """
     recipe = request.recipe
     place = working_device(recipe.runtime.device, recipe.runtime.threads)
-    model, tokenizer, teacher = _load(request, place)
+    model, tokenizer, teacher = _load(request, place, quiet)
     with_recall = request.method == "recall"
     text = calibration_text(recipe, tokenizer, request.sizes.context, with_recall=with_recall, quiet=quiet)
     measure = {"branch": recipe.search.branch, "teacher": teacher, "quiet": quiet}
@@ -87,14 +88,15 @@ def setting(request: SearchRequest, windows: list[int | str]) -> str:
     return f"nha.window=[{','.join(map(str, windows))}]"
 
 
-def _load(request: SearchRequest, place: torch.device) -> tuple[Any, Any, Any]:
+def _load(request: SearchRequest, place: torch.device, quiet: bool) -> tuple[Any, Any, Any]:
     """The model as a student, its tokenizer, and a teacher of its own where one was named."""
     recipe = request.recipe
     if request.checkpoint is None:
         folder = resolve_model(recipe.model)
-        dtype = getattr(torch, recipe.runtime.dtype)
-        model = load_student(folder, all_converted(recipe).nha, dtype=dtype, seed=recipe.seed)
-        return model.to(place).eval(), AutoTokenizer.from_pretrained(folder), None
+        tokenizer, recipe = AutoTokenizer.from_pretrained(folder), all_converted(recipe)
+        dtype, length = getattr(torch, recipe.runtime.dtype), recipe.training_length
+        model = load_student(folder, recipe.nha, dtype=dtype, seed=recipe.seed, length=length).to(place).eval()
+        return started(model, recipe, tokenizer, quiet=quiet), tokenizer, None
     loaded = []
     for folder in [request.checkpoint, *([resolve_model(request.teacher)] if request.teacher else [])]:
         try:

@@ -104,6 +104,8 @@ def test_score(utils: ModuleType) -> None:
     doc = {"answer": " two words", "windows": 4.0}
     assert utils.process_results(doc, [" two words and more"]) == {"exact_match": 1.0, "exact_match_x4": 1.0}
     assert utils.process_results(doc, ["two word"]) == {"exact_match": 0.0, "exact_match_x4": 0.0}
+    assert utils.process_results(doc, ["two wordsmiths"]) == {"exact_match": 0.0, "exact_match_x4": 0.0}
+    assert utils.process_results(doc, ["two words; three"]) == {"exact_match": 1.0, "exact_match_x4": 1.0}
     assert utils.process_results(doc | {"windows": 3.0}, [" one two words"]) == {"exact_match": 0.0}
 
 

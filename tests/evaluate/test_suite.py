@@ -88,6 +88,12 @@ def test_a_normal_row_asks_nothing_more(row: dict[str, Any]) -> None:
     assert "tasks" not in row and "layer_ablation" not in row
 
 
+def test_a_row_is_printed_with_its_layers(row: dict[str, Any]) -> None:
+    said = render({"final": row})
+    assert "Layers of the final model" in said and "evaluate.layer_ablation=true measures it" in said
+    assert f"{sum(row['slot_usage']['effective_slots'][1]) / 4:.1f}" in said
+
+
 TASK_SETTINGS = SETTINGS.model_copy(
     update={
         "tasks": ["mqar", "copy"],
@@ -137,13 +143,14 @@ def test_rows_before_the_last_ask_no_tasks(student: Any, word_tokenizer: Any, fi
     assert "tasks" not in early and "layer_ablation" not in early
 
 
+@pytest.mark.parametrize("task", ["needle", "recall"])
 def test_another_seed_asks_other_questions(
-    student: Any, word_tokenizer: Any, filler: list[int], monkeypatch: pytest.MonkeyPatch
+    task: str, student: Any, word_tokenizer: Any, filler: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts: list[torch.Tensor] = []
     generate = student.generate
     monkeypatch.setattr(student, "generate", lambda ids, **rest: prompts.append(ids) or generate(ids, **rest))
-    settings = TASK_SETTINGS.model_copy(update={"tasks": ["needle"], "task_distances": [4.0]})
+    settings = TASK_SETTINGS.model_copy(update={"tasks": [task], "task_distances": [4.0], "recall_distances": [2]})
     for seed in (0, 0, 5):
         settings.seed = seed
         evaluate_teacher(student, word_tokenizer, HELD_OUT, filler, settings, quiet=True)

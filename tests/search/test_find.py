@@ -60,6 +60,19 @@ def test_layers_of_a_base_model(recipe_file: Path, tmp_path: Path) -> None:
     assert found["choice"]["kl"] < uniform["kl"] / 3
 
 
+def test_slots_are_measured_as_a_run_starts_them(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def note(_: Any, nha: NHASettings, *__: Any, **___: Any) -> None:
+        asked.append(nha.gate_init)
+
+    monkeypatch.setattr("nha_convert.search.student.calibrate_gates", note)
+    for branch, start in (("window", "attended"), ("both", "spread"), ("both", "attended")):
+        options = [f"search.branch={branch}", f"nha.gate_init={start}"]
+        find_windows(search_request(str(recipe_file), full=1, overrides=options))
+        assert asked == (["attended"] if (branch, start) == ("both", "attended") else [])
+
+
 @pytest.mark.parametrize("share", [30, 55, 80, 100])
 def test_windows_within_a_budget(share: int, recipe_file: Path) -> None:
     request = search_request(str(recipe_file), memory=f"{share}%", windows="4,16,64,full", context=2048)

@@ -7,6 +7,7 @@ pieces across the places where lines were put moves a distance by a few tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -118,8 +119,8 @@ def _rows(
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """1 where the text begins with the answer, over all documents and over those of the same distance."""
-    hit = float(results[0].strip().startswith(doc["answer"].strip()))
+    """1 where the text begins with the answer, as whole words; over all documents, and over those of its distance."""
+    hit = float(re.match(rf"{re.escape(doc['answer'].strip())}(?!\w)", results[0].strip()) is not None)
     metrics = {"exact_match": hit}
     if doc["windows"] in DISTANCES:
         metrics[f"exact_match_x{doc['windows']:g}"] = hit
