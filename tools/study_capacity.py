@@ -140,8 +140,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         "key/value head a query sees its window and, of all tokens that have left it, those that full attention "
         "in this layer gives most to from there on, with exact keys, values and positions. The choice knows what "
         "will be asked and is made anew for each query, which no eviction can. Slots may still do better: they "
-        "merge tokens, and the model learns to ask them. So this is a yardstick, not a bound. There are no sinks. Text, rows and "
-        "teachers are those of [memory.md](memory.md).",
+        "merge tokens, and the model learns to ask them. So this is a yardstick, not a bound. There are no sinks. "
+        "Text, rows and teachers are those of [memory.md](memory.md).",
         "",
         f"| teacher | window | {' | '.join(f'{kept} kept' for kept in KEPT)} |",
         "|---" * (len(KEPT) + 2) + "|",

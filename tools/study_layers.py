@@ -3,6 +3,7 @@
     python tools/study_layers.py --work /tmp/layers                    write docs/studies/layers.{json,md}
     python tools/study_layers.py --work /tmp/layers --tokens 1M --seeds 0 1 2 --full 1
     python tools/study_layers.py --work /tmp/layers --recipe my.yaml --stages all
+    python tools/study_layers.py [--out docs/studies/layers-qwen3]     only write the page of what was measured
 
 A measured seed is kept in the work folder and not measured again. With stages of alignment alone one run holds the
 gates of every choice, since each layer learns alone; with other stages each choice is trained on its own.
@@ -41,7 +42,7 @@ from nha_convert.search.calibration import calibration_text  # noqa: E402
 from nha_convert.search.choose import neediest  # noqa: E402
 from nha_convert.search.record import naming  # noqa: E402
 from nha_convert.search.scores import layer_losses  # noqa: E402
-from nha_convert.search.tables import table  # noqa: E402
+from nha_convert.search.tables import UNITS, table  # noqa: E402
 from nha_convert.settings_types import DEFAULT_METHOD, NEEDS_TEXT, SEARCH_METHODS  # noqa: E402
 from nha_convert.train import run_stage  # noqa: E402
 
@@ -58,10 +59,14 @@ def main() -> None:
     parser.add_argument("--full", type=int, default=1, help="layers that stay full")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--work", type=Path, required=True, help="folder of runs and of measured seeds")
+    parser.add_argument("--work", type=Path, help="folder of runs and of measured seeds; left out, nothing is run")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "studies" / "layers")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if options.work is None:
+        found = json.loads(options.out.with_suffix(".json").read_text(encoding="utf-8"))
+        write_text(options.out.with_suffix(".md"), page(found, options.out.name))
+        return
     rows = []
     for seed in options.seeds:
         kept = options.work / f"seed-{seed}.json"
@@ -71,8 +76,7 @@ def main() -> None:
     settings = {"recipe": options.recipe, "stages": options.stages, "tokens": options.tokens, "full": options.full}
     found = {"settings": settings | {"seeds": options.seeds, "set": options.overrides}, "seeds": rows}
     write_json(options.out.with_suffix(".json"), found)
-    write_text(options.out.with_suffix(".md"), page(found))
-    print(page(found))
+    write_text(options.out.with_suffix(".md"), page(found, options.out.name))
 
 
 def study_recipe(options: argparse.Namespace, seed: int) -> Recipe:
@@ -179,21 +183,29 @@ def brief(row: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---- the page ------------------------------------------------------------------------------------
-def page(found: dict[str, Any]) -> str:
+def page(found: dict[str, Any], name: str) -> str:
     settings, seeds = found["settings"], found["seeds"]
+    model = load_recipe(settings["recipe"], settings["set"]).model
+    command = ["python tools/study_layers.py --work DIR", f"--out docs/studies/{name}"]
+    command += [f"--recipe {settings['recipe']} --stages {settings['stages']} --tokens {settings['tokens']}"]
+    command += [f"--full {settings['full']} --seeds {' '.join(map(str, settings['seeds']))}"]
+    command += [f"--set {one}" for one in settings["set"]]
     return "\n".join(
         [
-            "# Which layers stay full",
+            f"# Which layers stay full: teacher `{model}`",
             "",
-            f"Written by `python tools/study_layers.py`: recipe `{settings['recipe']}`, {settings['tokens']} tokens of",
-            f"alignment{'' if settings['stages'] == 'align' else ' and its other stages'}, layers kept full: "
-            f"{settings['full']}, seeds {', '.join(map(str, settings['seeds']))}"
-            f"{''.join(f', `{one}`' for one in settings['set'])}.",
+            f"    {' '.join(command)}",
+            "",
+            f"wrote this: {settings['tokens']} tokens of alignment"
+            f"{'' if settings['stages'] == 'align' else ' and the other stages'}, layers kept full: {settings['full']}.",
             "",
             "## What each method chooses",
             "",
             "Scores (mean over seeds) with the slots hidden (`window`), with untrained slots (`both`), and of the",
-            "model that was trained with every layer as NHA (`trained`); then how good its choice is.",
+            "model that was trained with every layer as NHA (`trained`); then how good its choice is. The layer with",
+            "the largest score stays full; `every:N` is the uniform choice.",
+            "",
+            *(f"- `{method}`: {UNITS[method]}" for method in SEARCH_METHODS),
             "",
             *choice_table(seeds),
             "",
