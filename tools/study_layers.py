@@ -197,7 +197,7 @@ def page(found: dict[str, Any], name: str) -> str:
             f"    {' '.join(command)}",
             "",
             f"wrote this: {settings['tokens']} tokens of alignment"
-            f"{'' if settings['stages'] == 'align' else ' and the other stages'}, layers kept full: {settings['full']}.",
+            f"{'' if settings['stages'] == 'align' else ' and the other stages'}, full layers: {settings['full']}.",
             "",
             "## What each method chooses",
             "",
