@@ -42,6 +42,9 @@ def evaluate(
         typer.Option(metavar="NAMES", help="tasks of lm-evaluation-harness, with commas between; nha_recall is ours"),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the numbers here")] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="of a run folder: add tasks and layers to its eval.json and report")
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Measures a checkpoint: NLL by position, KL and top-1 agreement, each branch alone, recall by generation.
@@ -51,16 +54,19 @@ def evaluate(
     nha-convert eval swapped/ --teacher Qwen/Qwen3-0.6B --text book.txt --json numbers.json
     nha-convert eval runs/demo --set evaluate.sequence_length=512 --set evaluate.tokens=16k --no-recall
     nha-convert eval runs/demo --set nha.window=256
-    nha-convert eval runs/demo --set 'evaluate.tasks=[recall,mqar,needle]' --set evaluate.layer_ablation=true
+    nha-convert eval runs/demo --set 'evaluate.tasks=[mqar,needle]' --set evaluate.layer_ablation=true --save
     nha-convert eval my-model/ --no-recall --tasks arc_easy,hellaswag
 
     Text is the held-out mix of the checkpoint's own recipe (what swap wrote has none: the held-out part of this
     machine's Python standard library) unless --text names another; settings are those under `evaluate.`, and the
     windows to measure with (nha.window, nha.full_attention_layers). --tasks runs the harness on the checkpoint and its
-    teacher; it needs `pip install 'nha-convert[eval]'`.
+    teacher; it needs `pip install 'nha-convert[eval]'`. --save adds what a run did not ask (recall tasks, each layer
+    alone, the harness) to its own numbers.
     """
     from .files import write_json
     from .recipe import evaluate_settings, window_settings
+    from .report import write_report
+    from .saved_evaluation import check_save, save_evaluation
 
     names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
     if "" in names:
@@ -71,6 +77,9 @@ def evaluate(
     folder = checkpoint_folder(checkpoint)
     if json_file is not None and json_file.is_dir():
         raise InputError(f"--json {json_file}: is a folder; name a file")
+    if save:
+        given = (("--text", text), ("--teacher", teacher))
+        check_save(checkpoint, set_ or [], others=[name for name, value in given if value is not None])
     of_windows = [one for one in set_ or [] if one.removeprefix("~").startswith("nha.")]
     windows = window_settings(of_windows, "eval")
     settings = evaluate_settings(folder, [one for one in set_ or [] if one not in of_windows])
@@ -90,6 +99,9 @@ def evaluate(
     )
     if json_file is not None:
         write_json(json_file, evaluation)
+    if save:
+        save_evaluation(checkpoint, evaluation)
+        write_report(checkpoint)
     if not quiet:
         print_rich(summary_table(evaluation))
 

@@ -278,11 +278,12 @@ def _missing(
     """What was not measured, and what measures it."""
     final = evaluation.get("final") or {}
     recovery = final.get("memory_recovery", (evaluation.get("memory_recovery") or {}).get("final"))
+    later = "nha-convert eval RUN --save --set "
     absent = [
         (recovery is None, "memory recovery (or the window alone is as good as the teacher on this text)"),
-        (not final.get("layer_ablation"), "each layer's own memory (evaluate.layer_ablation=true)"),
+        (not final.get("layer_ablation"), f"each layer's own memory ({later}evaluate.layer_ablation=true)"),
         (not _asked_both(evaluation, "recall"), "recall by generation"),
-        (not _asked_both(evaluation, "mqar"), "recall by number of pairs (evaluate.tasks=[recall,mqar])"),
+        (not _asked_both(evaluation, "mqar"), f"recall by number of pairs ({later}evaluate.tasks=[mqar])"),
         (not (bench or {}).get("decode"), "cache memory and speed (nha-convert bench RUN)"),
         (verification is None, "the exported model (nha-convert verify RUN)"),
     ]

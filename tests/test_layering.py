@@ -66,6 +66,7 @@ LAYERS = {
     "nha_convert.evaluate": WORK,
     "nha_convert.evaluate_checkpoint": WORK,
     "nha_convert.run_folder": WORK,
+    "nha_convert.saved_evaluation": WORK,
     "nha_convert.publish": WORK,
     "nha_convert.publish.export_request": COMMANDS,
     "nha_convert.bench_checkpoint": WORK,
@@ -99,6 +100,7 @@ TORCH_FREE = BASE | {
     for name in (
         *("preflight", "command_options", "publish.export_request", "publish.hub"),
         *("recipes_app", "checkpoint_app", "bench_app", "search_app", "app", "provenance", "report_data"),
+        *("saved_evaluation", "evaluate.layer_table"),
         *("search", "search.record", "search.request", "search.slot_request", "search.choose", "search.tables"),
     )
 }

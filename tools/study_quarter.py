@@ -75,7 +75,8 @@ def asked_again(run: Run, work: Path) -> dict[str, Any]:
     folder = run_folder(work, run)
     kept = folder / "other_prompts.json"
     settings = [f"evaluate.seed={OTHER_PROMPTS}", f"evaluate.recall_prompts={PROMPTS}", "evaluate.layer_ablation=false"]
-    command("eval", str(folder), "--json", str(kept), *(part for one in settings for part in ("--set", one)))
+    options = ["--teacher", TEACHERS[run[0]], "--json", str(kept)]
+    command("eval", str(folder), *options, *(part for one in settings for part in ("--set", one)))
     evaluation = json.loads(kept.read_text(encoding="utf-8"))
     return {"base": recalled(evaluation["teacher"]), "final": recalled(evaluation["final"])}
 

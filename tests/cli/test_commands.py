@@ -292,6 +292,11 @@ def test_eval(swapped: Path, pico_llama: Path, tmp_path: Path) -> None:
     assert "use --set evaluate.sequence_length=512" in too_long.stderr
 
 
+def test_eval_saves_into_a_run_alone(swapped: Path, tmp_path: Path) -> None:
+    answer = nha_convert("eval", swapped, "--save", cwd=tmp_path)
+    assert answer.returncode == 2 and "no finished run folder; use --json FILE instead" in answer.stderr
+
+
 def test_eval_refuses_tasks_before_it_loads_anything(swapped: Path, tmp_path: Path) -> None:
     empty = nha_convert("eval", swapped, "--tasks", "arc_easy,", "--json", "n.json", cwd=tmp_path)
     assert empty.returncode == 2 and "names of tasks with commas between are needed" in empty.stderr
