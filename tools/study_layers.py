@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def study_recipe(options: argparse.Namespace, seed: int) -> Recipe:
-    overrides = [f"seed={seed}", f"stages.align.tokens={options.tokens}", *options.overrides]
+    overrides = [f"seed={seed}", f"stages.align.tokens={options.tokens}", "evaluate.tasks=[recall]", *options.overrides]
     recipe = naming(load_recipe(options.recipe, overrides), [])
     if options.stages == "align":
         recipe = recipe.model_copy(update={"stages": [one for one in recipe.stages if one.kind == "align"]})

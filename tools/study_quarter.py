@@ -50,6 +50,8 @@ def measure(teacher: str, seed: int, length: int, distill: int, far: float, work
         "nha.full_attention_layers": f"auto:{layers // 4}",
         "data.sources.recall.far": far,
         "evaluate.recall_prompts": PROMPTS,
+        "evaluate.tasks": "[recall]",
+        "evaluate.layer_ablation": "false",
         "evaluate.benchmark": "false",
         "runtime.threads": 1,
     }
