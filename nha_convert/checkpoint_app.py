@@ -66,7 +66,7 @@ def evaluate(
     from .files import write_json
     from .recipe import evaluate_settings, window_settings
     from .report import write_report
-    from .saved_evaluation import check_save, save_evaluation
+    from .saved_evaluation import EVALUATION, check_save, save_evaluation, settings_to_save
 
     names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
     if "" in names:
@@ -77,12 +77,16 @@ def evaluate(
     folder = checkpoint_folder(checkpoint)
     if json_file is not None and json_file.is_dir():
         raise InputError(f"--json {json_file}: is a folder; name a file")
+    run, parts = checkpoint.expanduser(), list[str]()
     if save:
-        given = (("--text", text), ("--teacher", teacher))
-        check_save(checkpoint, set_ or [], others=[name for name, value in given if value is not None])
+        given = (("--text", text is not None), ("--teacher", teacher is not None), ("--no-recall", not recall))
+        others = [name for name, is_given in given if is_given]
+        parts = check_save(run, set_ or [], harness=bool(names), others=others)
     of_windows = [one for one in set_ or [] if one.removeprefix("~").startswith("nha.")]
     windows = window_settings(of_windows, "eval")
-    settings = evaluate_settings(folder, [one for one in set_ or [] if one not in of_windows])
+    settings = evaluate_settings(run if save else folder, [one for one in set_ or [] if one not in of_windows])
+    if save:
+        settings = settings_to_save(settings, parts)
     prepare_libraries(quiet)
     from .evaluate.suite import summary_table
     from .evaluate_checkpoint import evaluate_checkpoint
@@ -92,18 +96,21 @@ def evaluate(
         teacher=teacher,
         text=text,
         settings=settings,
-        with_recall=recall,
+        with_recall="tasks" in parts if save else recall,
         quiet=quiet,
         windows=windows,
         tasks=names,
+        recipe=run / "recipe.yaml" if save else None,
     )
     if json_file is not None:
         write_json(json_file, evaluation)
     if save:
-        save_evaluation(checkpoint, evaluation)
-        write_report(checkpoint)
+        save_evaluation(run, evaluation, parts)
+        write_report(run)
     if not quiet:
         print_rich(summary_table(evaluation))
+        if save:
+            print(f"\nadded to {run / EVALUATION} and {run / 'report.html'}: {', '.join(parts)}")
 
 
 @checkpoint_app.command(short_help="Write a model to a folder, or send it to the Hub.")

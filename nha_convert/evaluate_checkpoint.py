@@ -37,6 +37,7 @@ def evaluate_checkpoint(
     quiet: bool = False,
     windows: NHASettings | None = None,
     tasks: Sequence[str] = (),
+    recipe: Path | None = None,
 ) -> dict[str, Any]:
     """The rows of a checkpoint and its teacher, as in eval.json.
 
@@ -48,6 +49,7 @@ def evaluate_checkpoint(
             recipe.yaml, and where it has none the held-out part of the standard library.
         windows: other windows than the checkpoint's (`change_windows`); None leaves them.
         tasks: of lm-evaluation-harness, run on the checkpoint and on its teacher.
+        recipe: in place of the checkpoint's recipe.yaml, in which a run's local paths are cut to their names.
     Returns:
         {"teacher", "window_only", "memory_only", "no_attention", "final", "memory_recovery", "settings", "windows"},
         and with `tasks` {"harness": {"teacher", "final"}} (`run_harness`).
@@ -63,14 +65,15 @@ def evaluate_checkpoint(
     if windows is not None:
         change_windows(model, windows)
     _check_length(model, settings, checkpoint)
-    held_out, filler = _text(checkpoint, text, tokenizer, settings, quiet)
+    recipe = recipe or checkpoint / "recipe.yaml"
+    held_out, filler = _text(recipe, text, tokenizer, settings, quiet)
     measured: tuple[Any, ...] = (tokenizer, held_out, filler, settings)
     own: dict[str, Any] = {"with_recall": with_recall, "quiet": quiet}
     kept = settings.model_dump(mode="json")
     if not nha_layers(model):
         row = {"teacher": evaluate_teacher(model, *measured, window=0, **own), "settings": kept}
         return row | _harness(None, model, tokenizer, tasks)
-    reference = _teacher(checkpoint, teacher, place)
+    reference = _teacher(checkpoint, teacher, recipe, place)
     row = evaluate_student(model, *measured, label="final", teacher=reference, **own)
     against = model if reference is None else reference
     return {
@@ -113,9 +116,8 @@ def _load(folder: Path, place: torch.device) -> tuple[Any, Any]:
         raise InputError(f"{folder}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
-def _teacher(checkpoint: Path, name: str | None, place: torch.device) -> Any | None:
+def _teacher(checkpoint: Path, name: str | None, recipe: Path, place: torch.device) -> Any | None:
     """The teacher as its own model, or None: the checkpoint's backbone is the teacher's."""
-    recipe = checkpoint / "recipe.yaml"
     if name is None and recipe.is_file():
         name = load_recipe(str(recipe)).model
     if name is None:
@@ -127,10 +129,9 @@ def _teacher(checkpoint: Path, name: str | None, place: torch.device) -> Any | N
 
 
 def _text(
-    checkpoint: Path, path: str | None, tokenizer: Any, settings: EvaluateSettings, quiet: bool
+    kept: Path, path: str | None, tokenizer: Any, settings: EvaluateSettings, quiet: bool
 ) -> tuple[torch.Tensor, list[int]]:
-    """Token ids [N] to measure on, and the filler of recall prompts."""
-    kept = checkpoint / "recipe.yaml"
+    """Token ids [N] to measure on, and the filler of recall prompts; `kept` is a recipe, if it is there."""
     if path is None and kept.is_file():
         recipe = load_recipe(str(kept)).model_copy(update={"evaluate": settings})
         return held_out_tokens(recipe, tokenizer, quiet=quiet), recall_filler(recipe, tokenizer, quiet=quiet)

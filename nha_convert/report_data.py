@@ -102,7 +102,7 @@ def _facts(run_dir: Path, settings: dict[str, Any], bench: dict[str, Any] | None
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items()) or NOT_RECORDED),
         ("machine", made.get("machine", NOT_RECORDED)),
         ("seed of the run", str(settings.get("seed", NOT_RECORDED))),
-        ("seed of tasks and intervals", str((evaluate or {}).get("seed", NOT_RECORDED))),
+        ("seed of questions and intervals", str((evaluate or {}).get("seed", NOT_RECORDED))),
     ]
     if bench:
         stamp = bench["environment"]

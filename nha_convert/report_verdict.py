@@ -283,7 +283,7 @@ def _missing(
         (recovery is None, "memory recovery (or the window alone is as good as the teacher on this text)"),
         (not final.get("layer_ablation"), f"each layer's own memory ({later}evaluate.layer_ablation=true)"),
         (not _asked_both(evaluation, "recall"), "recall by generation"),
-        (not _asked_both(evaluation, "mqar"), f"recall by number of pairs ({later}evaluate.tasks=[mqar])"),
+        (not _asked_both(evaluation, "mqar"), f"recall by number of pairs ({later}'evaluate.tasks=[mqar]')"),
         (not (bench or {}).get("decode"), "cache memory and speed (nha-convert bench RUN)"),
         (verification is None, "the exported model (nha-convert verify RUN)"),
     ]

@@ -64,7 +64,7 @@ def test_a_good_run() -> None:
     assert any("Memory recovery is 0.950 [0.900, 0.980]" in line for line in said.good)
     assert any("KL to the teacher is 0.0150 [0.0100, 0.0200] nats" in line for line in said.good)
     assert any("gives the run's logits (largest difference of a logit 1.5e-06)" in line for line in said.good)
-    assert said.missing == ["recall by number of pairs (nha-convert eval RUN --save --set evaluate.tasks=[mqar])"]
+    assert said.missing == ["recall by number of pairs (nha-convert eval RUN --save --set 'evaluate.tasks=[mqar]')"]
 
 
 def test_the_smaller_share_leads() -> None:

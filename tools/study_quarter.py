@@ -5,6 +5,8 @@
     python tools/study_quarter.py --work DIR --only qwen3 --distill 1600000   with a longer distillation
     python tools/study_quarter.py --work DIR --only qwen3 --distill 1000000 --far 0.5   half of the recall documents
                                                                                   ask from afar
+    python tools/study_quarter.py --work DIR --only qwen3 --distill 1000000 --far 0.5 --again   asks other prompts of a
+                                                                  run that was measured before it was asked any
     python tools/study_quarter.py                                only writes the table of what was measured
 
 Each run is the recipe `demo` on one core, with `auto:N`, its teacher, a seed, rows of 1280 tokens (the farthest
@@ -134,7 +136,7 @@ def page(rows: list[dict[str, Any]]) -> str:
             "",
             f"## Other prompts ({PROMPTS} of `evaluate.seed={OTHER_PROMPTS}`)",
             "",
-            "Nothing was chosen by these: each run that counts was asked them once, when it was finished.",
+            "Nothing was chosen by these: a run is asked them once, when it is finished.",
             "",
             f"| {' | '.join(head[:5] + head[7:])} |",
             "|---" * (5 + len(distances)) + "|",
@@ -163,6 +165,8 @@ def main() -> None:
     parser.add_argument("--far", type=float, default=0.0, help="share of recall documents that ask from afar")
     parser.add_argument("--again", action="store_true", help="ask other prompts of a run in DIR that has its row")
     options = parser.parse_args()
+    if options.again and options.work is None:
+        raise SystemExit("--again: the folder of the finished run is needed, --work DIR")
     if not 0 < options.distill <= MOST - ALIGN:
         raise SystemExit(f"--distill {options.distill}: allowed are 1 to {MOST - ALIGN}")
     path = OUT.with_suffix(".json")
@@ -176,7 +180,7 @@ def main() -> None:
             row = measure(*run, options.work)
             row["again"] = asked_again(run, options.work)
             write_json(path, [*kept(), row])
-        elif options.again:
+        elif options.again and not any(key(row) == run and "again" in row for row in kept()):
             again = asked_again(run, options.work)
             write_json(path, [{**row, "again": again} if key(row) == run else row for row in kept()])
     rows = sorted(kept(), key=lambda row: (list(TEACHERS).index(row["teacher"]), *key(row)[1:]))

@@ -17,7 +17,7 @@ USAGE_NOTE = (
     "over a head's slots, in brackets the 10 % and 90 % quantile over slots."
 )
 GAIN_NOTE = "Own gain: by how much this layer's slots alone lower the NLL, nats per token, 95 % interval."
-NO_GAINS = "Not measured; evaluate.layer_ablation=true measures it."
+NO_GAINS = "Not measured; nha-convert eval RUN --save --set evaluate.layer_ablation=true measures it."
 
 
 def span(interval: Sequence[float] | None, form: str) -> str:
@@ -28,9 +28,10 @@ def span(interval: Sequence[float] | None, form: str) -> str:
 def layer_cells(row: dict[str, Any]) -> dict[int, list[Cell]]:
     """Layer -> cells of `USAGE_HEADER` and `GAIN_HEADER`, of every NHA layer of a student's row."""
     usage, gains = row.get("slot_usage") or {}, {gain["layer"]: gain for gain in row.get("layer_ablation") or []}
+    places = {layer: place for place, layer in enumerate(usage.get("layers") or [])}
     return {
-        layer: [*_usage_cells(usage, place), _gain_cell(gains.get(layer))]
-        for place, layer in enumerate(usage.get("layers") or [])
+        layer: [*_usage_cells(usage, places.get(layer)), _gain_cell(gains.get(layer))]
+        for layer in sorted({*places, *gains})
     }
 
 
@@ -44,7 +45,9 @@ def without_memory() -> list[Cell]:
     return [(NOT_MEASURED, "")] * (len(USAGE_HEADER) + 1)
 
 
-def _usage_cells(usage: dict[str, Any], place: int) -> list[Cell]:
+def _usage_cells(usage: dict[str, Any], place: int | None) -> list[Cell]:
+    if place is None:
+        return [(NOT_MEASURED, "")] * len(USAGE_HEADER)
     cells = []
     for name, form in (("slot_mass", ".3f"), ("effective_slots", ".1f"), ("write_rate", ".4f")):
         heads = usage[name][place]

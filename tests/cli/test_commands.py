@@ -294,7 +294,7 @@ def test_eval(swapped: Path, pico_llama: Path, tmp_path: Path) -> None:
 
 def test_eval_saves_into_a_run_alone(swapped: Path, tmp_path: Path) -> None:
     answer = nha_convert("eval", swapped, "--save", cwd=tmp_path)
-    assert answer.returncode == 2 and "no finished run folder; use --json FILE instead" in answer.stderr
+    assert answer.returncode == 2 and "no finished run folder (the one above `export`)" in answer.stderr
 
 
 def test_eval_refuses_tasks_before_it_loads_anything(swapped: Path, tmp_path: Path) -> None:

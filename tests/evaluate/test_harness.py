@@ -73,7 +73,7 @@ def test_documents_ask_what_they_say(name: str, utils: ModuleType) -> None:
     """The answer's first word stands at about the distance that is named, in text that the positions have room for."""
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     made = getattr(utils, name)(
-        pretrained=TEACHER, window=32, distances=[0.5, 4, 16, 200], prompts=3, pairs=[4, 8], version=1.0, dtype="auto"
+        pretrained=TEACHER, window=32, distances=[0.5, 4, 16, 200], prompts=3, pairs=[4, 8], version=1.1, dtype="auto"
     )
     rows = list(made["test"])
     fit = {4.0, 16.0} if name == "needle_multivalue" else {0.5, 4.0, 16.0}

@@ -90,6 +90,26 @@ def test_a_plan_refuses_windows_beyond_a_layers_own(tmp_path: Path, pico_models:
 
 
 # ---- a run ---------------------------------------------------------------------------------------
+def test_a_run_measures_slots_as_it_starts_them(
+    needy_model: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[str] = []
+
+    def note(_: Any, nha: NHASettings, *__: Any, **___: Any) -> None:
+        starts.append(nha.gate_init)
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise WorkError("stopped")
+
+    monkeypatch.setattr("nha_convert.search.student.calibrate_gates", note)
+    monkeypatch.setattr(pipeline, "calibrate_gates", stop)
+    for branch, wanted in (("window", []), ("both", ["attended"])):
+        recipe = small_recipe(needy_model, words, f"search.branch={branch}", "nha.gate_init=attended")
+        with pytest.raises(WorkError, match="stopped"):
+            pipeline.run(recipe, tmp_path / branch, quiet=True)
+        assert starts == wanted and (tmp_path / branch / "search.json").exists()
+
+
 def test_a_run_and_its_resume(
     needy_model: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
