@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -64,53 +64,74 @@ def evaluate(
     alone, the harness) to its own numbers.
     """
     from .files import write_json
-    from .recipe import evaluate_settings, window_settings
-    from .report import write_report
-    from .saved_evaluation import EVALUATION, check_save, save_evaluation, settings_to_save
 
+    names, folder, overrides = _task_names(tasks), checkpoint_folder(checkpoint), set_ or []
+    if json_file is not None and json_file.is_dir():
+        raise InputError(f"--json {json_file}: is a folder; name a file")
+    if save:
+        given = {"--text": text is not None, "--teacher": teacher is not None, "--no-recall": not recall}
+        others = [option for option, is_given in given.items() if is_given]
+        evaluation, said = _add_to_run(checkpoint.expanduser(), folder, overrides, names, others, quiet)
+    else:
+        evaluation, said = _measure(folder, overrides, names, teacher, text, recall, quiet), ""
+    if json_file is not None:
+        write_json(json_file, evaluation)
+    if not quiet:
+        from .evaluate.suite import summary_table
+
+        print_rich(summary_table(evaluation))
+        print(said, end="")
+
+
+def _task_names(tasks: str | None) -> list[str]:
     names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
     if "" in names:
         raise InputError(
             f"--tasks {tasks!r}: names of tasks with commas between are needed, such as arc_easy,hellaswag"
         )
+    return names
 
-    folder = checkpoint_folder(checkpoint)
-    if json_file is not None and json_file.is_dir():
-        raise InputError(f"--json {json_file}: is a folder; name a file")
-    run, parts = checkpoint.expanduser(), list[str]()
-    if save:
-        given = (("--text", text is not None), ("--teacher", teacher is not None), ("--no-recall", not recall))
-        others = [name for name, is_given in given if is_given]
-        parts = check_save(run, set_ or [], harness=bool(names), others=others)
-    of_windows = [one for one in set_ or [] if one.removeprefix("~").startswith("nha.")]
+
+def _measure(
+    folder: Path,
+    overrides: list[str],
+    tasks: list[str],
+    teacher: str | None,
+    text: str | None,
+    recall: bool,
+    quiet: bool,
+) -> dict[str, Any]:
+    """A checkpoint by itself, in other windows where some are named."""
+    from .recipe import evaluate_settings, window_settings
+
+    of_windows = [one for one in overrides if one.removeprefix("~").startswith("nha.")]
     windows = window_settings(of_windows, "eval")
-    settings = evaluate_settings(run if save else folder, [one for one in set_ or [] if one not in of_windows])
-    if save:
-        settings = settings_to_save(settings, parts)
+    settings = evaluate_settings(folder, [one for one in overrides if one not in of_windows])
     prepare_libraries(quiet)
-    from .evaluate.suite import summary_table
     from .evaluate_checkpoint import evaluate_checkpoint
 
-    evaluation = evaluate_checkpoint(
-        folder,
-        teacher=teacher,
-        text=text,
-        settings=settings,
-        with_recall="tasks" in parts if save else recall,
-        quiet=quiet,
-        windows=windows,
-        tasks=names,
-        recipe=run / "recipe.yaml" if save else None,
-    )
-    if json_file is not None:
-        write_json(json_file, evaluation)
-    if save:
-        save_evaluation(run, evaluation, parts)
-        write_report(run)
-    if not quiet:
-        print_rich(summary_table(evaluation))
-        if save:
-            print(f"\nadded to {run / EVALUATION} and {run / 'report.html'}: {', '.join(parts)}")
+    options: dict[str, Any] = {"teacher": teacher, "text": text, "windows": windows, "tasks": tasks}
+    return evaluate_checkpoint(folder, settings=settings, with_recall=recall, quiet=quiet, **options)
+
+
+def _add_to_run(
+    run: Path, folder: Path, overrides: list[str], tasks: list[str], others: list[str], quiet: bool
+) -> tuple[dict[str, Any], str]:
+    """What a run lacks, measured on its own text against its own teacher and added; and a line that says so."""
+    from .recipe import evaluate_settings
+    from .report import write_report
+    from .saved_evaluation import EVALUATION, check_save, save_evaluation, settings_to_save
+
+    parts = check_save(run, overrides, harness=bool(tasks), others=others)
+    settings = settings_to_save(evaluate_settings(run, overrides), parts)
+    prepare_libraries(quiet)
+    from .evaluate_checkpoint import evaluate_checkpoint
+
+    options: dict[str, Any] = {"tasks": tasks, "recipe": run / "recipe.yaml"}
+    evaluation = evaluate_checkpoint(folder, settings=settings, with_recall="tasks" in parts, quiet=quiet, **options)
+    save_evaluation(run, evaluation, parts)
+    page = write_report(run)
+    return evaluation, f"\nadded to {run / EVALUATION} and {page}: {', '.join(parts)}\n"
 
 
 @checkpoint_app.command(short_help="Write a model to a folder, or send it to the Hub.")
