@@ -7,7 +7,7 @@
 TEACHER is a folder, a Hub id or `embedded`. Each run is `recipes/align-only.yaml` with M 64, W 32, every layer NHA and
 its own number of tokens, so that its learning rate falls to 0 at its end. What is measured is kept in
 docs/studies/gate-init.json, a row per teacher, method, seed and tokens; a second call goes on where the first stopped,
-within a run from its last checkpoint (in --work).
+within a run from its last checkpoint (in --work). Two calls at once, for other methods or teachers, share the file.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
@@ -64,6 +65,22 @@ def study_recipe(teacher: str, method: str, seed: int, tokens: int) -> Recipe:
     return Recipe.model_validate(fields)
 
 
+def kept() -> dict[str, Any]:
+    """What was measured so far, by this process or another."""
+    path = OUT.with_suffix(".json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"teachers": {}, "rows": []}
+
+
+def keep(*, row: dict[str, Any] | None = None, teachers: dict[str, Any] | None = None) -> None:
+    """Adds a row, or teachers, to what was measured so far."""
+    path = OUT.with_suffix(".json")
+    with FileLock(path.with_suffix(".lock")):
+        results = kept()
+        results["rows"] += [] if row is None else [row]
+        results["teachers"] |= teachers or {}
+        write_json(path, results)
+
+
 class Study:
     """One teacher's runs.
 
@@ -71,11 +88,10 @@ class Study:
         name: of the teacher in the table.
         teacher: folder, Hub id or `embedded`.
         work: where unfinished runs keep their checkpoints.
-        results: all rows measured so far; what is measured is added and saved.
     """
 
-    def __init__(self, name: str, teacher: str, work: Path, results: dict[str, Any]) -> None:
-        self.name, self.teacher, self.work, self.results = name, teacher, work, results
+    def __init__(self, name: str, teacher: str, work: Path) -> None:
+        self.name, self.teacher, self.work = name, teacher, work
         self.folder = resolve_model(teacher)
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         recipe = study_recipe(teacher, PAPER, 0, 0)  # the held-out text is the same for all seeds
@@ -85,14 +101,12 @@ class Study:
 
     def measured(self, method: str, seed: int, tokens: int) -> dict[str, Any]:
         """The row of one run; made if it is not there."""
-        rows = self.results["rows"]
-        for row in rows:
+        for row in kept()["rows"]:
             if (row["teacher"], row["method"], row["seed"], row["tokens"]) == (self.name, method, seed, tokens):
                 return row
         row = {"teacher": self.name, "method": method, "seed": seed, "tokens": tokens}
         row |= self._run(method, seed, tokens)
-        rows.append(row)
-        write_json(OUT.with_suffix(".json"), self.results)
+        keep(row=row)
         return row
 
     def _run(self, method: str, seed: int, tokens: int) -> dict[str, Any]:
@@ -139,13 +153,11 @@ class Study:
 
     def teacher_row(self) -> None:
         """NLL and recall of the teacher, kept under its name."""
-        teachers = self.results["teachers"]
-        if self.name not in teachers:
+        if self.name not in kept()["teachers"]:
             model = load_student(self.folder, study_recipe(self.teacher, "zero", 0, 0).nha, dtype=torch.float32)
             row = evaluate_teacher(model, self.tokenizer, self.held_out, self.filler, self.settings, quiet=True)
             recall = {distance: cell["exact_match"] for distance, cell in row["recall"].items()}
-            teachers[self.name] = {"nll": row["nll"], "recall": recall}
-            write_json(OUT.with_suffix(".json"), self.results)
+            keep(teachers={self.name: {"nll": row["nll"], "recall": recall}})
 
 
 # ---- the table ---------------------------------------------------------------------------------------
@@ -238,11 +250,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "study-init")
     options = parser.parse_args()
     logging.disable_progress_bar()
-    path = OUT.with_suffix(".json")
-    results = json.loads(path.read_text()) if path.exists() else {"teachers": {}, "rows": []}
     for given in options.teachers:
         name, _, teacher = given.rpartition("=")
-        study = Study(name or Path(teacher).name, teacher, options.work, results)
+        study = Study(name or Path(teacher).name, teacher, options.work)
         study.teacher_row()
         for tokens in tokens_given(options.tokens):
             for seed in map(int, options.seeds.split(",")):
@@ -250,7 +260,7 @@ def main() -> None:
                     row = study.measured(method, seed, tokens)
                     line = f"{study.name} {method} seed {seed} {tokens} tokens: recovery {row['recovery']:.3f}"
                     print(line, flush=True)
-    write_study(results)
+    write_study(kept())
 
 
 if __name__ == "__main__":
