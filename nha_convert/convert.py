@@ -43,9 +43,11 @@ def nha_config(base_config: PretrainedConfig, nha: NHASettings) -> Any:
         nha_windows=windows,
         nha_slots=nha.slots,
         nha_sinks=nha.sinks,
+        nha_gate=nha.gate,
         nha_tau=nha.tau,
         nha_slot_query_scale=nha.slot_query_scale,
         nha_slot_bias=nha.slot_bias,
+        nha_slot_rotary=nha.slot_rotary,
         nha_mask_empty=nha.mask_empty,
     )
     config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]

@@ -6,12 +6,13 @@ Shapes: N sequences, T tokens, n = N * T tokens in all, C hidden, H query heads,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from nha_kernels.gates import log_decay_from_logits
+from nha_kernels.gates import log_decay_from_logits, log_decay_from_routing
 from nha_kernels.ops import nha_attention
+from nha_kernels.rotary import rotate
 
 from .gate_init import Horizons, logit_of_horizon, spread_horizons
 
@@ -38,6 +39,7 @@ class LayerInputs:
         output_weight: [C, H * D] of `o_proj`.
         window, sinks, scale, mask_empty, tau: of the student's layer.
         own_window: the teacher's own sliding window, or None.
+        slot_rotary: the slots take rotated keys and are met by rotated queries.
     """
 
     hidden: torch.Tensor
@@ -54,6 +56,12 @@ class LayerInputs:
     mask_empty: bool
     tau: float
     own_window: int | None = None
+    slot_rotary: bool = False
+
+    def rotated(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys as the window sees them."""
+        turn = self.cos[:, :, None], self.sin[:, :, None]  # [1 or N,T,1,rotary_dim]
+        return rotate(self.query, *turn), rotate(self.key, *turn)
 
     def first(self, sequences: int) -> LayerInputs:
         """The same of the first sequences alone."""
@@ -72,14 +80,15 @@ class LayerInputs:
             query_scale: [H, D].
             options: further ones of `nha_attention`.
         """
+        query, key = self.rotated() if self.slot_rotary else (self.query, self.key)
         return nha_attention(
-            self.query,
-            self.key,
+            query,
+            key,
             self.value,
             log_decay,
             window=self.window,
-            cos=self.cos,
-            sin=self.sin,
+            cos=None if self.slot_rotary else self.cos,
+            sin=None if self.slot_rotary else self.sin,
             sinks=self.sinks,
             scale=self.scale,
             mask_empty=self.mask_empty,
@@ -96,12 +105,42 @@ class GateStart:
         weight: [G * M, C]; bias: [G * M].
         slot_q_scale: [H, D] factors of the queries that meet the slots.
         slot_bias: [H].
+        write_weight: [G, C], write_bias: [G] of routed gates; None with independent ones.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor
     slot_q_scale: torch.Tensor
     slot_bias: torch.Tensor
+    write_weight: torch.Tensor | None = None
+    write_bias: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str) -> GateStart:
+        """The same on `device`."""
+        return replace(self, **{name: x.to(device) for name, x in self.__dict__.items() if x is not None})
+
+    def moved(self, rows: torch.Tensor, shift: torch.Tensor) -> GateStart:
+        """These gates with the rows of each key/value head scaled, and what decides how much is written shifted.
+
+        Args:
+            rows: [G] factors of the rows; of routed gates, of the logits that slots are told apart by.
+            shift: [G] added to the biases; of routed gates, to those of the write's strength.
+        """
+        slots = len(self.bias) // len(rows)
+        scale, added = rows.repeat_interleave(slots), shift.repeat_interleave(slots)
+        if self.write_bias is None:
+            return replace(self, weight=scale[:, None] * self.weight, bias=self.bias + added)
+        return replace(
+            self, weight=scale[:, None] * self.weight, bias=scale * self.bias, write_bias=self.write_bias + shift
+        )
+
+    def log_decay(self, hidden: torch.Tensor, groups: int, tau: float) -> torch.Tensor:
+        """[N, T, G, M] of hidden states [N, T, C]."""
+        hidden = hidden.float()
+        logits = (hidden @ self.weight.T + self.bias).unflatten(-1, (groups, -1))
+        if self.write_weight is None or self.write_bias is None:
+            return log_decay_from_logits(logits, tau)
+        return log_decay_from_routing(hidden @ self.write_weight.T + self.write_bias, logits)
 
 
 # ---- clusters ---------------------------------------------------------------------------------------
@@ -229,38 +268,29 @@ class _Branches:
         return (self.constant + 2 * share * self.linear + share.square() * self.square).sum((0, 1))
 
 
-def calibrated(
-    inputs: LayerInputs,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    *,
-    with_query_scale: bool,
-    with_slot_bias: bool,
-    channels: torch.Tensor | None = None,
-) -> GateStart:
+def calibrated(inputs: LayerInputs, start: GateStart, *, with_query_scale: bool, with_slot_bias: bool) -> GateStart:
     """Scales gates to the teacher's attention: a search over four numbers per head that no gradient takes part in.
 
-    In turn, each query head's query scale and slot bias, a shift of a key/value head's biases and the scale of its rows
-    go to the best of a few values, as measured by the error of the heads' shares of the layer's output.
+    In turn, each query head's query scale and slot bias, and the shift and the scale of a key/value head's gates
+    (`GateStart.moved`) go to the best of a few values, as measured by the error of the heads' shares of the layer's
+    output.
 
     Args:
-        weight: [G * M, C], bias: [G * M]: where to begin.
-        with_query_scale, with_slot_bias: whether the layer has these parameters; else they stay 1 and 0.
-        channels: [H, D] scale of the queries that is scaled further; None: 1.
+        start: where to begin; its slot biases are not read.
+        with_query_scale, with_slot_bias: whether the layer has these parameters; else the queries keep their scale and
+            the biases are 0.
+    Returns:
+        The gates found, on the CPU.
     """
     groups, heads = inputs.key.shape[2], inputs.query.shape[2]
     device = inputs.hidden.device
-    logits = (inputs.hidden.float() @ weight.float().to(device).T).unflatten(-1, (groups, -1))  # [N,T,G,M]
-    offset = bias.float().to(device).view(groups, -1)  # [G,M]
+    start = start.to(device)
     biases = SLOT_BIASES if with_slot_bias else (0.0,)
-    base = torch.ones(inputs.query.shape[2:], device=device) if channels is None else channels.to(device)  # [H,D]
 
     def measured(state: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """[H] errors at each head's best slot bias, and these biases."""
-        decay = log_decay_from_logits(
-            state["rows"][:, None] * logits + offset + state["shift"][:, None], inputs.tau
-        )
-        branches = _Branches(inputs, decay, state["query"][:, None] * base)
+        decay = start.moved(state["rows"], state["shift"]).log_decay(inputs.hidden, groups, inputs.tau)
+        branches = _Branches(inputs, decay, state["query"][:, None] * start.slot_q_scale)
         errors = torch.stack([branches.errors(torch.full((heads,), value, device=device)) for value in biases])
         best = errors.min(0)
         return best.values, torch.tensor(biases, device=device)[best.indices]
@@ -275,12 +305,8 @@ def calibrated(
         found = _improve(state, "query", lambda old, scale: old * scale, SCALES, measured, found)
     found = _improve(state, "shift", lambda old, shift: old + shift, SHIFTS, measured, found)
     found = _improve(state, "rows", lambda old, scale: old * scale, SCALES, measured, found)
-    return GateStart(
-        (state["rows"].repeat_interleave(offset.shape[1])[:, None] * weight.float().to(device)).cpu(),
-        (offset + state["shift"][:, None]).flatten().cpu(),
-        (state["query"][:, None] * base).cpu(),
-        found[1].cpu(),
-    )
+    gates = start.moved(state["rows"], state["shift"])
+    return replace(gates, slot_q_scale=state["query"][:, None] * start.slot_q_scale, slot_bias=found[1]).to("cpu")
 
 
 Measured = tuple[torch.Tensor, torch.Tensor]
@@ -310,10 +336,9 @@ def _improve(
 
 def output_error(inputs: LayerInputs, start: GateStart) -> float:
     """|| student - teacher ||^2 / || teacher ||^2 of the layer's output, before it meets the residual."""
-    device = inputs.hidden.device
-    logits = inputs.hidden.float() @ start.weight.to(device).T + start.bias.to(device)
-    decay = log_decay_from_logits(logits.unflatten(-1, (inputs.key.shape[2], -1)), inputs.tau)
-    output, _ = inputs.attend(decay, start.slot_q_scale.to(device), slot_bias=start.slot_bias.to(device))
+    start = start.to(inputs.hidden.device)
+    decay = start.log_decay(inputs.hidden, inputs.key.shape[2], inputs.tau)
+    output, _ = inputs.attend(decay, start.slot_q_scale, slot_bias=start.slot_bias)
     weight = inputs.output_weight.float()
     wanted = inputs.heads.float().flatten(2) @ weight.T
     return float((output.float().flatten(2) @ weight.T - wanted).square().sum() / wanted.square().sum())

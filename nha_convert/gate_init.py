@@ -14,6 +14,7 @@ from torch import nn
 
 from .errors import InputError
 from .modeling.attention_nha import nha_layers
+from .settings import NHASettings
 from .settings_types import NEEDS_TEXT
 
 METHODS = ("key", "spread", "zero", "horizons", "clusters", "calibrated", "attended")
@@ -117,11 +118,16 @@ def layer_horizons(window: int | None, ends: Sequence[float] | None, length: int
     return shortest, max(2 * shortest, LONGEST_HORIZON if length is None else float(length))
 
 
-def refuse_text(method: str, where: str) -> None:
+def refuse_text(nha: NHASettings, where: str) -> None:
     """
     Raises:
-        InputError: the method looks at text, and `where` the model does not run.
+        InputError: the gates start from text, and `where` the model does not run.
     """
+    method = nha.gate_init
+    if nha.gate == "routed":
+        raise InputError(
+            f"nha.gate is routed: such gates start from what the layers see on text; {where}. Set it to independent"
+        )
     if method in NEEDS_TEXT:
         free = ", ".join(name for name in METHODS if name not in NEEDS_TEXT)
         raise InputError(
@@ -164,6 +170,9 @@ def init_gates(
         )
         gate.gate_proj.weight.copy_(weight)
         gate.gate_proj.bias.copy_(bias)
+        if gate.write_proj is not None:  # until `calibrate_gates`: every token is written with strength 1/2
+            gate.write_proj.weight.zero_()
+            gate.write_proj.bias.zero_()
         if gate.slot_q_scale is not None:
             gate.slot_q_scale.fill_(1.0)
         if gate.slot_bias is not None:

@@ -6,14 +6,13 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from nha_kernels.rotary import rotate
 from transformers import PreTrainedTokenizerBase
 
 from .data import training_dataset
 from .devices import input_device
 from .errors import InputError
 from .far_attention import attention_by_distance, own_windows, received_attention
-from .gate_attended import POWER, attended_gates, coherence
+from .gate_attended import POWER, attended_gates, coherence, routed_gates
 from .gate_calibration import GateStart, LayerInputs, calibrated, cluster_gates
 from .gate_init import layer_horizons, layer_seed
 from .modeling.attention_nha import nha_layers, teacher_mode
@@ -117,6 +116,7 @@ def watch_layer(layer: Any, hooks: ExitStack, use: Any) -> None:
                 mask_empty=config.nha_mask_empty,
                 tau=layer.nha.tau,
                 own_window=own,
+                slot_rotary=config.nha_slot_rotary,
             )
         )
 
@@ -129,36 +129,36 @@ def layer_start(layer: Any, inputs: LayerInputs, method: str, horizons: tuple[fl
     gate = layer.nha
     absorbed = slice(inputs.sinks, None)  # sinks never meet the slots
     hidden, keys = inputs.hidden[:, absorbed].flatten(0, 1), inputs.key[:, absorbed].flatten(0, 1)
-    options: dict[str, Any] = {"slots": gate.slots, "tau": gate.tau, "seed": seed}
-    channels = None
+    options: dict[str, Any] = {"slots": gate.slots, "seed": seed}
+    heads, dim = inputs.query.shape[2:]
+    met = torch.ones(heads, dim), torch.zeros(heads)  # scale of the queries, bias of the slots
     if method == "attended":
         received, channels = _far_attention(inputs)
-        if gate.slot_q_scale is None:
-            channels = torch.ones_like(channels)
-        keys = keys * channels.unflatten(0, (gate.groups, -1)).mean(1)
-        weight, bias = attended_gates(hidden, keys, received[:, absorbed].flatten(0, 1), **options)
+        if gate.slot_q_scale is not None or inputs.slot_rotary:
+            keys = keys * channels.unflatten(0, (gate.groups, -1)).mean(1)
+        if gate.slot_q_scale is not None and not inputs.slot_rotary:  # rotated products know their distance
+            met = channels, met[1]
+        seen = hidden, keys, received[:, absorbed].flatten(0, 1)
+        if gate.write_proj is None:
+            start = GateStart(*attended_gates(*seen, tau=gate.tau, **options), *met)
+        else:
+            weight, bias, write_weight, write_bias = routed_gates(*seen, **options)
+            start = GateStart(weight, bias, *met, write_weight, write_bias)
     else:
         key_weight = layer.k_proj.weight
         if hasattr(layer, "k_norm"):
             key_weight = key_weight * layer.k_norm.weight.repeat(gate.groups)[:, None]
-        weight, bias = cluster_gates(hidden, keys, key_weight, horizons=horizons, **options)
+        gates = cluster_gates(hidden, keys, key_weight, tau=gate.tau, horizons=horizons, **options)
+        start = GateStart(*gates, *met)
     if method == "clusters":
-        heads, dim = inputs.query.shape[2:]
-        return GateStart(weight.cpu(), bias.cpu(), torch.ones(heads, dim), torch.zeros(heads))
-    return calibrated(
-        inputs.first(SEARCH_SEQUENCES),
-        weight,
-        bias,
-        with_query_scale=gate.slot_q_scale is not None,
-        with_slot_bias=gate.slot_bias is not None,
-        channels=channels,
-    )
+        return start.to("cpu")
+    learned = {"with_query_scale": gate.slot_q_scale is not None, "with_slot_bias": gate.slot_bias is not None}
+    return calibrated(inputs.first(SEARCH_SEQUENCES), start, **learned)
 
 
 def _far_attention(inputs: LayerInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """[N, T, G] attention that each token is given from beyond the student's window, [H, D] coherence across it."""
-    turn = inputs.cos[:, :, None], inputs.sin[:, :, None]  # [1 or N,T,1,rotary_dim]
-    query, key = rotate(inputs.query, *turn), rotate(inputs.key, *turn)
+    query, key = inputs.rotated()
     beyond = (query, key, inputs.scale, inputs.window, inputs.sinks)
     received = received_attention(*beyond, own=inputs.own_window, power=POWER)
     distances = attention_by_distance(*beyond, own=inputs.own_window)
@@ -169,6 +169,9 @@ def _set(layer: Any, start: GateStart) -> None:
     gate = layer.nha
     gate.gate_proj.weight.copy_(start.weight)
     gate.gate_proj.bias.copy_(start.bias)
+    if gate.write_proj is not None:
+        gate.write_proj.weight.copy_(start.write_weight)
+        gate.write_proj.bias.copy_(start.write_bias)
     if gate.slot_q_scale is not None:
         gate.slot_q_scale.copy_(start.slot_q_scale)
     if gate.slot_bias is not None:

@@ -87,7 +87,7 @@ class Dimensions:
 
     def gate_parameters(self, nha: NHASettings, slots: int) -> int:
         """New parameters of one NHA layer."""
-        gate = (self.hidden + 1) * self.groups * slots
+        gate = (self.hidden + 1) * self.groups * (slots + (nha.gate == "routed"))
         return gate + self.heads * self.head_dim * nha.slot_query_scale + self.heads * nha.slot_bias
 
     def full_cache_bytes(self, tokens: int, element: int) -> int:
@@ -97,7 +97,8 @@ class Dimensions:
     def nha_cache_bytes(self, nha: NHASettings, slots: int, window: int, element: int) -> int:
         """State of one NHA layer for one sequence, at any context: slots, ring, sinks and one count (`NHAState`)."""
         memory = 2 * self.groups * slots * self.head_dim * 4
-        token = 2 * self.groups * self.head_dim * element + 2 * self.head_dim * 4
+        rotary = 0 if nha.slot_rotary else 2 * self.head_dim * 4  # cos and sin; rotated slots take rotated keys
+        token = 2 * self.groups * self.head_dim * element + rotary
         ring = (window + 1) * (token + self.groups * slots * 4)
         return memory + ring + nha.sinks * token + 8
 

@@ -35,5 +35,6 @@ def gates_start(recipe: Recipe, sizes: Dimensions) -> dict[str, Any] | None:
     flops = 2 * (sizes.active_parameters - head) * tokens
     if nha.gate_init == "attended":
         slots = sum(own for window, own in zip(windows, nha.slots_by_layer(sizes.layers)) if window is not None)
-        flops += 4 * tokens * sizes.hidden * sizes.groups * slots * EVALUATIONS
+        written = sum(window is not None for window in windows) if nha.gate == "routed" else 0  # write_proj's rows
+        flops += 4 * tokens * sizes.hidden * sizes.groups * (slots + written) * EVALUATIONS
     return {"method": nha.gate_init, "tokens": tokens, "flops": flops}

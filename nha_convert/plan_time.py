@@ -216,7 +216,7 @@ class _Stage:
 
     def gate(self, layer: int) -> int:
         """Elements of a layer's gate matrix."""
-        return self.sizes.hidden * self.sizes.groups * self.slots[layer]
+        return self.sizes.hidden * self.sizes.groups * (self.slots[layer] + (self.recipe.nha.gate == "routed"))
 
     def shape(self, layer: int, window: int) -> floors.Shape:
         """A layer as the floors know it; sinks are seen like tokens of the window."""

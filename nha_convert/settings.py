@@ -43,7 +43,9 @@ class NHASettings(Settings):
             layers N-1, 2N-1, ...; `auto:N` those N that need it most by measurement when the run begins,
             `auto:N:METHOD` by another measure (`attention`, `alignment`, `kl`, `restore`, `recall`).
         sinks: first tokens that stay exact for ever.
-        tau: divides the gate's log-sigmoid; larger remembers longer.
+        gate: `independent` (every slot has a decay of its own, as in the paper), or `routed` (a token is written once,
+            with a strength of its own that a softmax shares out among the slots); `routed` starts `attended`.
+        tau: divides the log-sigmoid of independent gates; larger remembers longer.
         gate_init: how gates start: `key` (rows of W_k, the paper), `spread` (horizons of 8 to 2000 tokens), `horizons`
             (from the window to the length of a training row), `clusters` (as that, each slot written to by one cluster
             of the teacher's keys), `calibrated` (as `clusters`, scaled to the teacher's attention output), `attended`
@@ -53,6 +55,8 @@ class NHASettings(Settings):
         gate_horizons: shortest and longest horizon in tokens, for `horizons`, `clusters` and `calibrated`.
         slot_query_scale: learn a per-channel scale of the queries that read the slots.
         slot_bias: learn a per-head bias of the slots' scores.
+        slot_rotary: slots take rotated keys and are met by rotated queries, so that they know how far away what they
+            hold is.
         mask_empty: hide the slots until something was absorbed.
     """
 
@@ -60,12 +64,25 @@ class NHASettings(Settings):
     window: Window = 64
     full_attention_layers: FullLayers = []
     sinks: CountFromZero = 4
+    gate: Literal["independent", "routed"] = "independent"
     tau: Positive = 8.0
     gate_init: Literal["spread", "key", "zero", "horizons", "clusters", "calibrated", "attended"] = "spread"
     gate_horizons: Annotated[list[Annotated[float, Field(gt=1)]], Field(min_length=2, max_length=2)] | None = None
     slot_query_scale: StrictBool = True
     slot_bias: StrictBool = True
+    slot_rotary: StrictBool = False
     mask_empty: StrictBool = True
+
+    @model_validator(mode="after")
+    def _routed_reads_text(self) -> NHASettings:
+        if self.gate == "routed" and self.gate_init != "attended":
+            if "gate_init" in self.model_fields_set:
+                raise ValueError(
+                    f"gate is routed, which starts from what the teacher attends to, found gate_init {self.gate_init}; "
+                    "remove gate_init, or set gate to independent"
+                )
+            self.__dict__["gate_init"] = "attended"
+        return self
 
     @model_validator(mode="after")
     def _horizons_fit(self) -> NHASettings:
@@ -327,9 +344,12 @@ class Recipe(Settings):
         if not any(self.by_layer(index) for index in range(len(self.stages))):
             raise ValueError(f"{where}, but no stage is of kind align, which alone can be trained so; remove it")
         if self.by_layer(0) and self.nha.gate_init in NEEDS_TEXT:
+            fix = "set nha.gate_init to horizons, spread, key or zero"
+            if self.nha.gate == "routed":
+                fix = "set nha.gate to independent and nha.gate_init to horizons, spread, key or zero"
             raise ValueError(
-                f"{where}, and nha.gate_init {self.nha.gate_init} needs the whole model in memory; set nha.gate_init "
-                "to horizons, spread, key or zero, or remove runtime.layers_at_once"
+                f"{where}, and nha.gate_init {self.nha.gate_init} needs the whole model in memory; {fix}, or remove "
+                "runtime.layers_at_once"
             )
         for index, stage in enumerate(self.stages):
             changed = [before.label for before in self.stages[:index] if before.changes_base]

@@ -45,7 +45,7 @@ def load_streamed(
         InputError: unsupported family, damaged weights, weights that lack a tensor of the base model, or gates that
             start from text.
     """
-    refuse_text(nha.gate_init, "with runtime.layers_at_once the model is never in memory as a whole")
+    refuse_text(nha, "with runtime.layers_at_once the model is never in memory as a whole")
     folder = Path(folder)
     stored = check_weights(folder)
     config = nha_config(load_base_config(folder), nha)

@@ -71,7 +71,7 @@ def swap_checkpoint(
         WorkError: writing failed or was interrupted; nothing is left behind.
     """
     out = Path(out).expanduser()
-    refuse_text(nha.gate_init, "swap moves weights from file to file and runs no model (`nha-convert run` does)")
+    refuse_text(nha, "swap moves weights from file to file and runs no model (`nha-convert run` does)")
     check_new_folder(out)
     check_shard_size(max_shard_size)
     folder = resolve_model(str(model), pickles=allow_pickle)

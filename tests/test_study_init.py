@@ -58,12 +58,15 @@ def test_a_measured_run_is_not_made_again(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(study_init, "OUT", tmp_path / "gate-init")
     made: list[tuple[str, int, int]] = []
     study = Study.__new__(Study)
-    study.name, study.results = "small", {"teachers": {}, "rows": []}
+    study.name = "small"
     monkeypatch.setattr(study, "_run", lambda *run: made.append(run) or {"recovery": 0.5, "recall": {}})
     first = study.measured("key", 0, 1000)
-    assert study.measured("key", 0, 1000) is first and made == [("key", 0, 1000)]
+    assert study.measured("key", 0, 1000) == first and made == [("key", 0, 1000)]
+    study_init.keep(row=row("spread", 1000, 0.4))  # by another process
     study.measured("key", 1, 1000)
-    assert made[1:] == [("key", 1, 1000)] and (tmp_path / "gate-init.json").exists()
+    assert made[1:] == [("key", 1, 1000)]
+    there = [(one["method"], one["seed"]) for one in study_init.kept()["rows"]]
+    assert there == [("key", 0), ("spread", 0), ("key", 1)]
 
 
 def test_runs_differ_in_nothing_else() -> None:

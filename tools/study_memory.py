@@ -46,12 +46,14 @@ class Protocol:
         distill: for each stage of distillation after the alignment, its tokens and the sources it reads; None: all.
         gate_rate: learning rate of the gates in these stages.
         shared: the slots of all layers together are shared out as in SHARED; otherwise every layer has SLOTS.
+        routed: routed gates and rotated slots (`nha.gate`, `nha.slot_rotary`).
     """
 
     sinks: int
     distill: tuple[tuple[int, str | None], ...]
     gate_rate: float
     shared: bool = False
+    routed: bool = False
 
     @property
     def tokens(self) -> int:
@@ -62,7 +64,9 @@ class Protocol:
         stages = (f"{tokens / 1e3:,.0f}k of {source or 'the mix'}" for tokens, source in self.distill)
         layers = "; ".join(f"{teacher} {', '.join(map(str, slots))}" for teacher, slots in SHARED.items())
         slots = f"; as many slots in all, by layer: {layers}" if self.shared else ""
-        return f"{self.sinks or 'no'} sinks, distilled on {', then '.join(stages)}, gates at {self.gate_rate:g}{slots}"
+        layer = "; routed gates, rotated slots" if self.routed else ""
+        trained = f"{', then '.join(stages)}, gates at {self.gate_rate:g}"
+        return f"{self.sinks or 'no'} sinks, distilled on {trained}{slots}{layer}"
 
 
 PROTOCOLS = {
@@ -71,11 +75,12 @@ PROTOCOLS = {
     "long": Protocol(sinks=0, distill=((2_250_000, "recall"), (1_500_000, None)), gate_rate=5e-3),
 }
 PROTOCOLS["shared"] = replace(PROTOCOLS["long"], shared=True)
+PROTOCOLS["routed"] = replace(PROTOCOLS["long"], gate_rate=2e-3, routed=True)
 RUNS = [
     (teacher, window, name)
     for name, protocol in PROTOCOLS.items()
     for teacher in TEACHERS
-    for window in ("32", "64", "random")[: 2 if protocol.shared else 3]
+    for window in ("32", "64", "random")[: 2 if protocol.shared or protocol.routed else 3]
 ]
 
 
@@ -99,6 +104,7 @@ def study_recipe(teacher: str, window: str, protocol: Protocol, seed: int) -> di
             "window": 64 if window == "random" else int(window),
             "sinks": protocol.sinks,
             "tau": 2,
+            **({"gate": "routed", "slot_rotary": True} if protocol.routed else {}),
         },
         "data": {"sources": [{"source": "stdlib", "weight": 0.7}, {"source": "recall", "weight": 0.3}]},
         "stages": [

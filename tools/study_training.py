@@ -53,6 +53,7 @@ PAPER = {
     "tau": 8,
     "gate_init": "key",
 }
+ROUTED = {"gate": "routed", "slot_rotary": True}
 Variant = tuple[dict[str, Any], list[dict[str, Any]]]
 """Settings of `nha`, and the stages."""
 OBJECTIVES: dict[str, Variant] = {
@@ -77,10 +78,16 @@ EXTENSIONS: dict[str, Variant] = {
     "32 slots": ({"slots": 32}, [ALIGN]),
     "128 slots": ({"slots": 128}, [ALIGN]),
     "256 slots in all, 160 of them in layer 1": ({"slots": [32, 160, 32, 32]}, [ALIGN]),
+    "rotated slots": ({"slot_rotary": True}, [ALIGN]),
+    "routed gates": ({"gate": "routed"}, [ALIGN]),
+    "routed gates, rotated slots": (ROUTED, [ALIGN]),
+    "routed gates, rotated slots, no sinks": (ROUTED | {"sinks": 0}, [ALIGN]),
 }
 DISTILLED: dict[str, Variant] = {
     f"{name}, distilled": (EXTENSIONS[name][0], [HALF, WHOLE])
     for name in ("scale alone", "bias alone", "neither", "the paper's layer and start", "no sinks")
+} | {
+    "routed gates, rotated slots, no sinks, distilled": (ROUTED | {"sinks": 0}, [HALF, WHOLE]),
 }
 TABLES = {
     "Objectives": OBJECTIVES,

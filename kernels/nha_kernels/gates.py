@@ -3,6 +3,8 @@
 Legend: G key/value heads, M slots.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -31,6 +33,25 @@ def log_decay_from_logits(logits: torch.Tensor, tau: float) -> torch.Tensor:
     if logits.dtype != torch.float64:
         logits = logits.float()
     return (F.logsigmoid(logits) / tau).clamp(min=LOG_DECAY_FLOOR)
+
+
+def log_decay_from_routing(write_logits: torch.Tensor, slot_logits: torch.Tensor) -> torch.Tensor:
+    """Natural log of the slot decay where one write of each token is shared out among the slots.
+
+    A token is written with strength p = sigmoid(write_logits), of which slot m takes softmax(slot_logits)_m: all slots
+    together are overwritten by p of one slot at most, where gates that do not know of each other may write a token into
+    many.
+
+    Args:
+        write_logits: [..., G] of any floating dtype.
+        slot_logits: [..., G, M] of any floating dtype.
+    Returns:
+        [..., G, M] log decay in [`LOG_DECAY_FLOOR`, 0], fp32 (fp64 for fp64 logits).
+    """
+    if slot_logits.dtype != torch.float64:
+        write_logits, slot_logits = write_logits.float(), slot_logits.float()
+    shares = torch.sigmoid(write_logits)[..., None] * slot_logits.softmax(-1)  # [...,G,M]
+    return torch.log1p(shares * math.expm1(LOG_DECAY_FLOOR))
 
 
 def write_strength(log_decay: torch.Tensor) -> torch.Tensor:

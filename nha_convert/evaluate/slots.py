@@ -146,9 +146,8 @@ def slot_weights(
     Returns:
         weights [B,T,H,M] and log_decay [B,T,G,M], both fp32.
     """
-    query, key, value = layer._nha_projections(hidden_states)
+    query, key, value, cos, sin = layer._nha_inputs(hidden_states, position_embeddings)
     log_decay, slot_q_scale, slot_bias = layer.nha(hidden_states)
-    cos, sin = position_embeddings
     sinks, mask_empty = layer.config.nha_sinks, layer.config.nha_mask_empty
     _, lse, _ = nha_attention(
         query,

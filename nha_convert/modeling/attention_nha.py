@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from nha_kernels.gates import log_decay_from_logits
+from nha_kernels.gates import log_decay_from_logits, log_decay_from_routing
 from nha_kernels.ops import nha_attention, nha_decode
+from nha_kernels.rotary import rotate
 from torch import nn
 from torch.nn import functional
 from transformers import PretrainedConfig
@@ -36,7 +37,8 @@ class NHAGate(nn.Module):
     """All parameters that an NHA layer adds to the base model's attention, made in fp32.
 
     Attributes:
-        gate_proj: hidden -> G * M gate logits.
+        gate_proj: hidden -> G * M gate logits; with routed gates, of the softmax over a head's slots.
+        write_proj: hidden -> G logits of the strength that a token is written with; None with independent gates.
         slot_q_scale: [H, D] scale of the queries that meet the slots (starts at 1), or None.
         slot_bias: [H] bias of the slots' scores (starts at 0), or None.
     """
@@ -49,6 +51,8 @@ class NHAGate(nn.Module):
         heads, self.groups, self.slots = config.num_attention_heads, config.num_key_value_heads, config.slots_of(layer)
         self.tau = config.nha_tau
         self.gate_proj = Float32Linear(config.hidden_size, self.groups * self.slots, dtype=torch.float32)
+        routed = config.nha_gate == "routed"
+        self.write_proj = Float32Linear(config.hidden_size, self.groups, dtype=torch.float32) if routed else None
         scale = torch.ones(heads, head_dim, dtype=torch.float32)
         bias = torch.zeros(heads, dtype=torch.float32)
         self.register_parameter("slot_q_scale", nn.Parameter(scale) if config.nha_slot_query_scale else None)
@@ -65,7 +69,9 @@ class NHAGate(nn.Module):
         logits = self.gate_proj(hidden_states).unflatten(-1, (self.groups, self.slots))  # [B,T,G,M]
         scale = None if self.slot_q_scale is None else self.slot_q_scale.float()
         bias = None if self.slot_bias is None else self.slot_bias.float()
-        return log_decay_from_logits(logits, self.tau), scale, bias
+        if self.write_proj is None:
+            return log_decay_from_logits(logits, self.tau), scale, bias
+        return log_decay_from_routing(self.write_proj(hidden_states), logits), scale, bias
 
 
 class NHAAttentionMixin:
@@ -136,13 +142,13 @@ class NHAAttentionMixin:
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        query, key, value = self._nha_projections(hidden_states)
+        query, key, value, cos, sin = self._nha_inputs(hidden_states, position_embeddings)
         log_decay, slot_q_scale, slot_bias = self.nha(hidden_states)
         entry = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        cos, sin = position_embeddings
         if nha_cu_seqlens is not None:
             query, key, value, log_decay = (end_to_end(x) for x in (query, key, value, log_decay))  # [1,B*T,...]
-            cos, sin = (end_to_end(x.expand(len(hidden_states), -1, -1)) for x in (cos, sin))
+            if cos is not None and sin is not None:
+                cos, sin = (end_to_end(x.expand(len(hidden_states), -1, -1)) for x in (cos, sin))
         options: dict[str, Any] = {
             "cos": cos,
             "sin": sin,
@@ -174,6 +180,21 @@ class NHAAttentionMixin:
         if self.nha_branch == "none":
             return torch.zeros_like(hidden_states), None
         return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), None  # type: ignore[attr-defined]
+
+    def _nha_inputs(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """What the op takes: query [B,T,H,D], key, value [B,T,G,D], cos and sin.
+
+        The slots see what the op is given and the window sees it rotated. Where the slots are to see rotated keys, too
+        (`nha_slot_rotary`), they are rotated here, and cos and sin are None.
+        """
+        query, key, value = self._nha_projections(hidden_states)
+        cos, sin = position_embeddings
+        if not self.config.nha_slot_rotary:
+            return query, key, value, cos, sin
+        turn = cos[:, :, None], sin[:, :, None]  # [B or 1,T,1,P]
+        return rotate(query, *turn), rotate(key, *turn), value, None, None
 
     def _nha_projections(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Un-rotated queries [B,T,H,D] and keys, values [B,T,G,D], normalised as the base family does."""

@@ -12,6 +12,7 @@ import transformers
 from nha_convert.families import FAMILIES, Family
 
 FULL = "full"
+GATES = ("independent", "routed")
 
 
 @dataclass(kw_only=True)
@@ -24,9 +25,12 @@ class NHAFields:
             a layer that was never converted. None for the whole list: no layer was.
         nha_slots: M, memory slots per key/value head; one number, or one for each layer.
         nha_sinks: S, first tokens of a document that stay exact keys for ever.
-        nha_tau: the slot decay is `sigmoid(logit) ** (1 / nha_tau)`.
+        nha_gate: "independent": every slot has a decay of its own, as in the paper; "routed": a token is written once,
+            with a strength of its own, shared out among the slots by a softmax.
+        nha_tau: the slot decay of independent gates is `sigmoid(logit) ** (1 / nha_tau)`.
         nha_slot_query_scale: learn a scale per query channel for the slots' scores.
         nha_slot_bias: learn a bias per head for the slots' scores.
+        nha_slot_rotary: the slots take rotated keys and are met by rotated queries, as the window's are.
         nha_mask_empty: mask the slots until they have absorbed something.
     Raises:
         ValueError: a field is out of range, or `nha_windows` does not have one entry per layer.
@@ -35,9 +39,11 @@ class NHAFields:
     nha_windows: list[int | str | None] | None = None
     nha_slots: int | list[int] = 64
     nha_sinks: int = 4
+    nha_gate: str = "independent"
     nha_tau: float = 8.0
     nha_slot_query_scale: bool = True
     nha_slot_bias: bool = True
+    nha_slot_rotary: bool = False
     nha_mask_empty: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -62,6 +68,8 @@ class NHAFields:
             raise ValueError(f"nha_slots is {self.nha_slots}: it must be at least 1")
         if self.nha_sinks < 0:
             raise ValueError(f"nha_sinks is {self.nha_sinks}: it must be 0 or more")
+        if self.nha_gate not in GATES:
+            raise ValueError(f"nha_gate is {self.nha_gate!r}: it must be one of {', '.join(GATES)}")
         if not self.nha_tau > 0:
             raise ValueError(f"nha_tau is {self.nha_tau}: it must be positive")
 

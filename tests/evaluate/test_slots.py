@@ -126,10 +126,11 @@ def test_usage_of_gates_at_their_start(pico_llama: Path) -> None:
 
 
 @torch.no_grad()
-def test_slot_mass_is_that_of_the_recurrence(pico_llama: Path) -> None:
+@pytest.mark.parametrize("rotary", [False, True])
+def test_slot_mass_is_that_of_the_recurrence(pico_llama: Path, rotary: bool) -> None:
     """Layer 0 of a one-NHA-layer student, computed slot by slot from the definition (sinks off, one window)."""
     window, length = 6, 20
-    model = load_student(pico_llama, NHASettings(window=[window, "full"], slots=8, sinks=0))
+    model = load_student(pico_llama, NHASettings(window=[window, "full"], slots=8, sinks=0, slot_rotary=rotary))
     layer = model.model.layers[0].self_attn
     layer.nha.slot_bias.copy_(torch.tensor([0.5, -0.5, 1.0, 0.0]))
     layer.nha.slot_q_scale.uniform_(0.5, 1.5)
@@ -152,8 +153,10 @@ def test_slot_mass_is_that_of_the_recurrence(pico_llama: Path) -> None:
         for t in range(length):
             if t >= window:
                 a = decay[t - window, group][:, None]
-                slots = a * slots + (1 - a) * key[t - window, group]
-            scaled = query[t, head] * layer.nha.slot_q_scale[head].double()
+                left = key[t - window, group]
+                slots = a * slots + (1 - a) * (rotate(left, t - window) if rotary else left)
+            asking = rotate(query[t, head], t) if rotary else query[t, head]
+            scaled = asking * layer.nha.slot_q_scale[head].double()
             memory = (slots @ scaled * layer.scaling + layer.nha.slot_bias[head].double()).exp().sum()
             memory = memory if t >= window else torch.tensor(0.0)
             near = range(max(0, t - window + 1), t + 1)

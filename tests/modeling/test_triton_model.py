@@ -26,9 +26,10 @@ def results(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torc
     return {"logits": logits.detach() * mask[..., None], "tokens": tokens} | grads
 
 
-def test_a_model_runs_on_triton(pico_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rotary", [False, True])
+def test_a_model_runs_on_triton(pico_llama: Path, monkeypatch: pytest.MonkeyPatch, rotary: bool) -> None:
     """Forward, gradients, left padding and generation equal the PyTorch path's."""
-    model = load_student(pico_llama, NHASettings(window=6, slots=8, sinks=2)).eval()
+    model = load_student(pico_llama, NHASettings(window=6, slots=8, sinks=2, slot_rotary=rotary)).eval()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 260, (2, 15), generator=generator)
     mask = torch.ones_like(ids)
