@@ -40,9 +40,11 @@ def student(folder: Path, train: bool, settings: NHASettings = SETTINGS) -> Any:
     return model
 
 
-def export(folder: Path, out: Path, tokenizer: Any, train: bool = True) -> tuple[Any, Path]:
+def export(
+    folder: Path, out: Path, tokenizer: Any, train: bool = True, settings: NHASettings = SETTINGS
+) -> tuple[Any, Path]:
     """Export a student, with the logits it must reproduce beside it."""
-    model = student(folder, train)
+    model = student(folder, train, settings)
     export_model(model, tokenizer, out, teacher_dir=folder, recipe=RECIPE)
     input_ids = torch.arange(80).view(2, 40) * 3 % 256
     with torch.no_grad():
@@ -56,8 +58,12 @@ def exported(pico_llama: Path, tokenizer: Any, tmp_path_factory: pytest.TempPath
     return export(pico_llama, tmp_path_factory.mktemp("run") / "export", tokenizer)
 
 
-def test_fresh_process_reproduces_the_run(pico_models: Any, tokenizer: Any, tmp_path: Path) -> None:
-    _, out = export(pico_models["qwen3_tied"], tmp_path / "export", tokenizer)
+@pytest.mark.parametrize("changes", [{}, {"gate": "routed", "gate_init": "attended", "slot_rotary": True}])
+def test_fresh_process_reproduces_the_run(
+    pico_models: Any, tokenizer: Any, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    settings = SETTINGS.model_copy(update=changes)
+    _, out = export(pico_models["qwen3_tied"], tmp_path / "export", tokenizer, settings=settings)
     result = verify_checkpoint(out, teacher=pico_models["qwen3_tied"], quiet=True)
     assert result["passed"], result["failures"]
     assert result["max_logit_difference"] <= 1e-5

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from nha_kernels.gates import log_decay_from_logits, write_strength
+from nha_kernels.gates import log_decay_from_logits, log_decay_from_routing, write_strength
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from nha_convert.convert import load_student, new_parameter_names
 from nha_convert.errors import InputError
-from nha_convert.gate_attended import attended_gates, coherence
+from nha_convert.gate_attended import attended_gates, coherence, routed_gates
 from nha_convert.gate_calibration import GateStart, LayerInputs, calibrated, cluster_gates, k_means, output_error
 from nha_convert.gate_init import METHODS
 from nha_convert.gate_inputs import (
@@ -127,10 +127,27 @@ def test_slots_write_what_is_asked_for_and_nothing_else(tau: float) -> None:
     assert (strength[~wanted].mean(0) < 0.02).all(), "and so do tokens of its own that nothing asks for"
 
 
+def test_routed_gates_write_once() -> None:
+    """As above: what is asked for goes whole into the slot of its cluster, all else nowhere."""
+    hidden, keys, _, truth = planted(each=160)
+    wanted = torch.arange(len(truth)) % 2 == 0
+    hidden = torch.cat([hidden, wanted[:, None] * 2.0], 1)
+    received = torch.where(wanted, 1.0, 0.0)[:, None]
+    weight, bias, write_weight, write_bias = routed_gates(hidden, keys, received, slots=6, seed=0)
+    decay = log_decay_from_routing(hidden @ write_weight.T + write_bias, (hidden @ weight.T + bias)[:, None])[:, 0]
+    strength = write_strength(decay)  # [n,M]
+    written = torch.stack([strength[wanted & (truth == place)].mean(0) for place in range(6)])  # [cluster,M]
+    assert sorted(written.argmax(0).tolist()) == list(range(6)), "each slot has a cluster of its own"
+    assert (written.max(0).values > 0.9).all() and (written.sum(1) <= 1).all()
+    assert (strength[~wanted].sum(1) < 0.05).all()
+
+
 def test_where_nothing_is_asked_for_gates_keep() -> None:
     hidden, keys, _, _ = planted()
     weight, bias = attended_gates(hidden, keys, torch.zeros(len(hidden), 1), slots=6, tau=2.0, seed=0)
     assert weight.isfinite().all() and write_strength(log_decay_from_logits(hidden @ weight.T + bias, 2.0)).max() < 0.05
+    *_, write_weight, write_bias = routed_gates(hidden, keys, torch.zeros(len(hidden), 1), slots=6, seed=0)
+    assert torch.sigmoid(hidden @ write_weight.T + write_bias).max() < 0.05
 
 
 def test_coherence_is_the_mean_of_cos_over_distances() -> None:
@@ -162,6 +179,19 @@ def test_gates_are_finite_and_deterministic(pico_models: dict[str, Path], name: 
         assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_routed_gates_start_from_text(pico_models: dict[str, Path], name: str, rotary: bool) -> None:
+    first, again = (
+        new_tensors(started(pico_models[name], "attended", seed=3, gate="routed", slot_rotary=rotary)) for _ in range(2)
+    )
+    assert all(torch.equal(first[key], again[key]) and first[key].isfinite().all() for key in first)
+    written = {key: tensor for key, tensor in first.items() if ".write_proj." in key}
+    assert len(written) == 2 * 2 and all(tensor.any() and tensor.shape[0] == 2 for tensor in written.values())
+    apart = new_tensors(started(pico_models[name], "attended", seed=3, gate="routed", slot_rotary=not rotary))
+    assert any(not torch.equal(first[key], apart[key]) for key in first)
+
+
 def test_full_layers_keep_their_start(pico_llama: Path) -> None:
     model = started(pico_llama, "clusters", window=[8, "full"])
     plain = started(pico_llama, "horizons", window=[8, "full"])
@@ -182,7 +212,8 @@ def seen(model: Any) -> dict[int, LayerInputs]:
 
 def plain_start(layer: Any) -> GateStart:
     gate = layer.nha
-    return GateStart(gate.gate_proj.weight, gate.gate_proj.bias, gate.slot_q_scale, torch.zeros(4))
+    write = () if gate.write_proj is None else (gate.write_proj.weight, gate.write_proj.bias)
+    return GateStart(gate.gate_proj.weight, gate.gate_proj.bias, gate.slot_q_scale, gate.slot_bias, *write)
 
 
 @torch.no_grad()
@@ -192,28 +223,30 @@ def test_calibration_lowers_every_layers_error(pico_models: dict[str, Path], nam
     inputs = seen(model)
     for index, layer in nha_layers(model):
         before = output_error(inputs[index], plain_start(layer))
-        start = calibrated(
-            inputs[index],
-            layer.nha.gate_proj.weight,
-            layer.nha.gate_proj.bias,
-            with_query_scale=True,
-            with_slot_bias=True,
-        )
+        start = calibrated(inputs[index], plain_start(layer), with_query_scale=True, with_slot_bias=True)
         assert output_error(inputs[index], start) < 0.98 * before
-        alone = calibrated(
-            inputs[index],
-            layer.nha.gate_proj.weight,
-            layer.nha.gate_proj.bias,
-            with_query_scale=False,
-            with_slot_bias=False,
-        )
+        alone = calibrated(inputs[index], plain_start(layer), with_query_scale=False, with_slot_bias=False)
         assert torch.equal(alone.slot_q_scale, torch.ones_like(layer.nha.slot_q_scale)) and not alone.slot_bias.any()
 
 
 @torch.no_grad()
-def test_the_error_is_the_layers_own(pico_llama: Path) -> None:
+def test_calibration_moves_routed_gates(pico_llama: Path) -> None:
+    """From gates that write everything everywhere, which routed gates are before they are started."""
+    model = load_student(pico_llama, NHASettings(window=8, slots=12, sinks=1, gate="routed", slot_rotary=True))
+    inputs = seen(model)
+    for index, layer in nha_layers(model):
+        plain = plain_start(layer)
+        start = calibrated(inputs[index], plain, with_query_scale=True, with_slot_bias=True)
+        assert output_error(inputs[index], start) < 0.98 * output_error(inputs[index], plain)
+        assert start.write_bias is not None and start.write_bias.any(), "the strength is shifted"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{"method": "horizons"}, {"method": "attended", "gate": "routed"}])
+@pytest.mark.parametrize("rotary", [False, True])
+def test_the_error_is_the_layers_own(pico_llama: Path, settings: dict[str, Any], rotary: bool) -> None:
     """`output_error` from tensors is what the module itself gives."""
-    model = started(pico_llama, "horizons")
+    model = started(pico_llama, **settings, slot_rotary=rotary)
     inputs = seen(model)
     found: dict[int, torch.Tensor] = {}
     with ExitStack() as hooks:
@@ -261,6 +294,18 @@ def test_calibration_text(text: Path, tokenizer: PreTrainedTokenizerFast) -> Non
 
 
 # ---- refusals ---------------------------------------------------------------------------------------
+def test_routed_gates_are_refused_where_no_model_runs(pico_llama: Path, text: Path, tmp_path: Path) -> None:
+    nha = NHASettings(window=8, slots=8, gate="routed")
+    assert nha.gate_init == "attended"
+    with pytest.raises(InputError, match="nha.gate is routed.*Set it to independent"):
+        swap_checkpoint(pico_llama, tmp_path / "out", nha, quiet=True)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="gate is routed, .* found gate_init spread; remove gate_init"):
+        NHASettings(gate="routed", gate_init="spread")
+    with pytest.raises(ValueError, match="set nha.gate to independent and nha.gate_init to horizons"):
+        recipe_for(text, nha={"gate": "routed"}, runtime={"device": "cpu", "layers_at_once": 1})
+
+
 @pytest.mark.parametrize("method", NEEDS_TEXT)
 def test_where_no_model_runs(pico_llama: Path, text: Path, tmp_path: Path, method: str) -> None:
     nha = NHASettings(window=8, slots=8, gate_init=method)

@@ -48,10 +48,10 @@ def test_parameters_are_the_models(pico: Path) -> None:
     assert model_dimensions(str(pico)).parameters == sum(tensor.numel() for tensor in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["llama_tied_rope", "qwen3_moe"])
-def test_trained_parameters_are_the_students(name: str, pico_models: dict[str, Path]) -> None:
+@pytest.mark.parametrize(("name", "gate"), [("llama_tied_rope", "independent"), ("qwen3_moe", "routed")])
+def test_trained_parameters_are_the_students(name: str, gate: str, pico_models: dict[str, Path]) -> None:
     pico = pico_models[name]
-    recipe = recipe_of(pico, "nha.full_attention_layers=[0]", "nha.slot_bias=false")
+    recipe = recipe_of(pico, "nha.full_attention_layers=[0]", "nha.slot_bias=false", f"nha.gate={gate}")
     with torch.device("meta"):
         student = AutoModelForCausalLM.from_config(nha_config(AutoConfig.from_pretrained(pico), recipe.nha))
     new = sum(tensor.numel() for _, layer in nha_layers(student) for tensor in layer.nha.parameters())

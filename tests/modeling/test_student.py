@@ -65,6 +65,31 @@ def test_save_and_load(pico: Path, tmp_path: Path) -> None:
     assert all(torch.equal(saved[name], tensor) for name, tensor in base.items())
 
 
+ROUTED = NHASettings(window=6, slots=8, sinks=2, gate="routed", slot_rotary=True)
+
+
+def test_routed_gates_learn(pico: Path) -> None:
+    model = load_student(pico, ROUTED).train()
+    model(IDS, labels=IDS).loss.backward()
+    new = {name: parameter for name, parameter in model.named_parameters() if name in new_parameter_names(model)}
+    assert len(new) == 2 * 6
+    for name, parameter in new.items():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
+
+
+@torch.no_grad()
+def test_a_routed_model_is_saved_and_loaded(pico: Path, tmp_path: Path) -> None:
+    model = load_student(pico, ROUTED, dtype=torch.bfloat16)
+    for _, layer in nha_layers(model):
+        layer.nha.write_proj.bias.fill_(1.5)
+    model.save_pretrained(tmp_path)
+    again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert again.config.nha_gate == "routed" and again.config.nha_slot_rotary
+    assert all(layer.nha.write_proj.weight.dtype == torch.float32 for _, layer in nha_layers(again))
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
 @torch.no_grad()
 def test_bfloat16_keeps_the_gates_in_fp32(pico_llama: Path) -> None:
     model = load_student(pico_llama, SMALL, dtype=torch.bfloat16)
@@ -213,6 +238,7 @@ def test_peft_wrapped(pico: Path) -> None:
         ({"nha_slots": 0}, "nha_slots"),
         ({"nha_sinks": -1}, "nha_sinks"),
         ({"nha_tau": 0.0}, "nha_tau"),
+        ({"nha_gate": "shared"}, "nha_gate is 'shared': it must be one of independent, routed"),
     ],
 )
 def test_configuration_refuses(fields: dict[str, Any], words: str) -> None:
