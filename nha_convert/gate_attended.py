@@ -67,7 +67,8 @@ def attended_gates(
     keeping, and how rarely it may err, since each false write costs the slot what it held.
 
     Args:
-        hidden: [n, C]; keys: [n, G, D] un-rotated, times what the slots' queries are scaled by.
+        hidden: [n, C]; keys: [n, G, D] un-rotated, times the `coherence` of the queries' channels where the
+            slots are met by scaled or by rotated queries.
         received: [n, G] attention received from beyond the window, at least 0; where a head has none, all count alike.
         seed: of the clusters' starts.
     Returns:

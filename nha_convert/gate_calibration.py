@@ -201,7 +201,7 @@ def cluster_gates(
     a cluster, the shorter the slot's horizon.
 
     Args:
-        hidden: [n, C]; keys: [n, G, D] un-rotated, as the slots see them.
+        hidden: [n, C]; keys: [n, G, D] un-rotated.
         key_weight: [G * D, C], with the scale of the key norm where the family has one.
         horizons: ends of the spread.
         seed: of the clusters' starts.

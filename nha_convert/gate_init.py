@@ -124,12 +124,13 @@ def refuse_text(nha: NHASettings, where: str) -> None:
         InputError: the gates start from text, and `where` the model does not run.
     """
     method = nha.gate_init
-    if nha.gate == "routed":
-        raise InputError(
-            f"nha.gate is routed: such gates start from what the layers see on text; {where}. Set it to independent"
-        )
     if method in NEEDS_TEXT:
         free = ", ".join(name for name in METHODS if name not in NEEDS_TEXT)
+        if nha.gate == "routed":
+            raise InputError(
+                f"nha.gate is routed: such gates start from what the layers see on text; {where}. Set it to "
+                f"independent, with nha.gate_init one of {free}"
+            )
         raise InputError(
             f"nha.gate_init is {method}, which starts gates from what the layers see on text; {where}. Set it to one "
             f"of {free}"

@@ -45,7 +45,7 @@ class NHASettings(Settings):
         sinks: first tokens that stay exact for ever.
         gate: `independent` (every slot has a decay of its own, as in the paper), or `routed` (a token is written once,
             with a strength of its own that a softmax shares out among the slots); `routed` starts `attended`.
-        tau: divides the log-sigmoid of independent gates; larger remembers longer.
+        tau: divides the log-sigmoid of independent gates; larger remembers longer. Routed gates do not read it.
         gate_init: how gates start: `key` (rows of W_k, the paper), `spread` (horizons of 8 to 2000 tokens), `horizons`
             (from the window to the length of a training row), `clusters` (as that, each slot written to by one cluster
             of the teacher's keys), `calibrated` (as `clusters`, scaled to the teacher's attention output), `attended`
@@ -79,7 +79,7 @@ class NHASettings(Settings):
             if "gate_init" in self.model_fields_set:
                 raise ValueError(
                     f"gate is routed, which starts from what the teacher attends to, found gate_init {self.gate_init}; "
-                    "remove gate_init, or set gate to independent"
+                    "set gate_init to attended, or gate to independent"
                 )
             self.__dict__["gate_init"] = "attended"
         return self
@@ -88,6 +88,8 @@ class NHASettings(Settings):
     def _horizons_fit(self) -> NHASettings:
         if self.gate_horizons is None:
             return self
+        if self.gate == "routed":
+            raise ValueError("gate_horizons is not read by routed gates; remove it, or set gate to independent")
         if self.gate_init not in ("horizons", "clusters", "calibrated"):
             raise ValueError(
                 f"gate_horizons is read by gate_init horizons, clusters and calibrated, found {self.gate_init}; remove "

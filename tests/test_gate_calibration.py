@@ -297,11 +297,13 @@ def test_calibration_text(text: Path, tokenizer: PreTrainedTokenizerFast) -> Non
 def test_routed_gates_are_refused_where_no_model_runs(pico_llama: Path, text: Path, tmp_path: Path) -> None:
     nha = NHASettings(window=8, slots=8, gate="routed")
     assert nha.gate_init == "attended"
-    with pytest.raises(InputError, match="nha.gate is routed.*Set it to independent"):
+    with pytest.raises(InputError, match="gate is routed.*Set it to independent, with nha.gate_init one of key"):
         swap_checkpoint(pico_llama, tmp_path / "out", nha, quiet=True)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="gate is routed, .* found gate_init spread; remove gate_init"):
+    with pytest.raises(ValueError, match="gate is routed, .* found gate_init spread; set gate_init to attended"):
         NHASettings(gate="routed", gate_init="spread")
+    with pytest.raises(ValueError, match="gate_horizons is not read by routed gates; remove it"):
+        NHASettings(gate="routed", gate_horizons=[8, 100])
     with pytest.raises(ValueError, match="set nha.gate to independent and nha.gate_init to horizons"):
         recipe_for(text, nha={"gate": "routed"}, runtime={"device": "cpu", "layers_at_once": 1})
 

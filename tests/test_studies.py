@@ -66,6 +66,16 @@ def test_the_memory_line_reads_the_longest_run_of_each_window(studies: Path) -> 
         assert not fidelity.memory()["met"], "every seed counts"
 
 
+def test_one_protocol_reaches_the_memory_line_with_every_seed(studies: Path) -> None:
+    rows = [memory_row(teacher, window, 0.7, [0.1]) for teacher in ("a", "b") for window in ("32", "64")]
+    better = [{**memory_row(row["teacher"], row["window"], 0.9, [0.1]), "protocol": "routed"} for row in rows]
+    (studies / "memory.json").write_text(json.dumps([*rows, *better]))
+    assert fidelity.memory()["met"] and "a, W 32, short, seed 0: 0.700" in fidelity.memory()["measured"]
+    for worse in ([*rows, *better[1:]], [*rows, *better, {**better[0], "seed": 1, "final": rows[0]["final"]}]):
+        (studies / "memory.json").write_text(json.dumps(worse))
+        assert not fidelity.memory()["met"]
+
+
 def test_slots_shared_out_are_told_and_do_not_count(studies: Path) -> None:
     rows = [memory_row(teacher, window, 0.9, [0.1]) for teacher in ("a", "b") for window in ("32", "64")]
     for recovery in (0.7, 0.95):

@@ -260,7 +260,8 @@ def main() -> None:
                     row = study.measured(method, seed, tokens)
                     line = f"{study.name} {method} seed {seed} {tokens} tokens: recovery {row['recovery']:.3f}"
                     print(line, flush=True)
-    write_study(kept())
+    with FileLock(OUT.with_suffix(".lock")):
+        write_study(kept())
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def log_decay_from_routing(write_logits: torch.Tensor, slot_logits: torch.Tensor
     if slot_logits.dtype != torch.float64:
         write_logits, slot_logits = write_logits.float(), slot_logits.float()
     shares = torch.sigmoid(write_logits)[..., None] * slot_logits.softmax(-1)  # [...,G,M]
-    return torch.log1p(shares * math.expm1(LOG_DECAY_FLOOR))
+    decay = torch.log1p(shares * math.expm1(LOG_DECAY_FLOOR))
+    return decay.clamp(min=LOG_DECAY_FLOOR)  # in fp32 a whole write comes out 2e-4 below it
 
 
 def write_strength(log_decay: torch.Tensor) -> torch.Tensor:

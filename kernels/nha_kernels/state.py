@@ -15,8 +15,8 @@ class NHAState:
     """Memory slots, the ring of the last `window` tokens, the sinks and how many tokens each row has seen.
 
     The token of rank r (its index among the real tokens of its row) stands at ring place r % (window + 1) if r >= sinks
-    and at sink place r otherwise. Keys are kept un-rotated, with their own cos and sin, because the slots absorb them
-    un-rotated. The slots hold every token of rank sinks <= r < seen - window.
+    and at sink place r otherwise. Keys are kept as the op was given them, as the slots absorb them; cos and sin,
+    where there are any, beside them. The slots hold every token of rank sinks <= r < seen - window.
     """
 
     slot_k: torch.Tensor  # [B,G,M,D] fp32

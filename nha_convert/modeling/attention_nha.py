@@ -194,7 +194,8 @@ class NHAAttentionMixin:
         if not self.config.nha_slot_rotary:
             return query, key, value, cos, sin
         turn = cos[:, :, None], sin[:, :, None]  # [B or 1,T,1,P]
-        return rotate(query, *turn), rotate(key, *turn), value, None, None
+        query, key = (rotate(x.to(cos.dtype), *turn).to(x.dtype) for x in (query, key))  # fp32 angles under autocast
+        return query, key, value, None, None
 
     def _nha_projections(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Un-rotated queries [B,T,H,D] and keys, values [B,T,G,D], normalised as the base family does."""

@@ -132,10 +132,11 @@ def _layers(config: dict[str, Any]) -> str:
     converted = sum(window is not None for window in windows)
     given = config["nha_slots"]
     slots = f"Layer by layer {', '.join(map(str, given))}" if isinstance(given, list) else str(given)
-    gates = f"{config.get('nha_gate', 'independent')} gates"
+    routed = config.get("nha_gate") == "routed"
+    gates = "routed gates" if routed else f"independent gates with tau {config['nha_tau']:g}"
     return (
         f"{converted} of {len(windows)} layers are NHA; windows in tokens, layer by layer: {shown}. "
-        f"{slots} slots per key/value head, {config['nha_sinks']} sinks, {gates}, tau {config['nha_tau']:g}, "
+        f"{slots} slots per key/value head, {config['nha_sinks']} sinks, {gates}, "
         f"slot query scale {'on' if config['nha_slot_query_scale'] else 'off'}, "
         f"slot bias {'on' if config['nha_slot_bias'] else 'off'}, "
         f"rotated slots {'on' if config.get('nha_slot_rotary') else 'off'}."

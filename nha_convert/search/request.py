@@ -233,9 +233,9 @@ def _recipe(target: str, checkpoint: Path | None, overrides: list[str]) -> Recip
     kept = next((one / "recipe.yaml" for one in folders if (one / "recipe.yaml").is_file()), None)
     recipe = swap_recipe(overrides, READ) if kept is None else load_recipe(str(kept), overrides)
     config = read_json_object(checkpoint / "config.json")
-    nha = recipe.nha.model_copy(
-        update={"slots": config["nha_slots"], "sinks": config["nha_sinks"], "full_attention_layers": []}
-    )
+    layers = {name: config[f"nha_{name}"] for name in ("slots", "sinks")}
+    layers["slot_rotary"] = config.get("nha_slot_rotary", False)  # older checkpoints do not name it
+    nha = recipe.nha.model_copy(update=layers | {"full_attention_layers": []})
     named = any(one.startswith("search.branch=") for one in overrides)
     search = recipe.search if named else recipe.search.model_copy(update={"branch": "both"})  # its slots have learnt
     return recipe.model_copy(update={"nha": nha, "search": search})

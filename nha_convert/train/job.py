@@ -17,6 +17,9 @@ from ..recipe import Recipe
 from .checkpoints import TRAINED
 from .metrics import MetricsFile
 
+LATER = {"gate": "independent", "slot_rotary": False}
+"""Settings of `nha` that are younger than the digests in run folders, with what runs did before there was a choice."""
+
 
 def stage_folder(run_dir: Path, recipe: Recipe, index: int) -> Path:
     """`stages/NN-name`, NN from 01; the name is the stage's kind where it has none."""
@@ -77,11 +80,12 @@ class StageJob:
         """A digest of every setting that the trained weights depend on."""
         stages = [stage.model_dump(mode="json", exclude={"name", "save_steps"}) for stage in self.recipe.stages]
         data = self.recipe.data.model_dump(mode="json", exclude={"workers", "cache"})
+        nha = self.recipe.nha.model_dump(mode="json")
         parts = [
             self.recipe.model,
             self.recipe.seed,
             self.recipe.runtime.dtype,
-            self.recipe.nha.model_dump(mode="json"),
+            {name: value for name, value in nha.items() if name not in LATER or value != LATER[name]},
             data,
             stages,
         ]

@@ -65,7 +65,8 @@ def write_gates(
 def layer_gates(
     gate: Any, key_weight: torch.Tensor, method: str, seed: int, horizons: Horizons
 ) -> dict[str, torch.Tensor]:
-    """One layer's new tensors, by their names under `nha`."""
+    """One layer's new tensors, by their names under `nha`; never of routed gates, which need text."""
+    assert gate.write_proj is None, "refuse_text comes first"
     weight, bias = gate_parameters(
         key_weight, method, groups=gate.groups, slots=gate.slots, tau=gate.tau, seed=seed, horizons=horizons
     )

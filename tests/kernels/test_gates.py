@@ -38,7 +38,7 @@ def test_a_routed_write_is_shared_out():
     kept = 1 - torch.exp(torch.tensor(LOG_DECAY_FLOOR).double())
     wanted = kept * torch.sigmoid(write.double())
     torch.testing.assert_close(-torch.expm1(exact).sum(-1), wanted, rtol=1e-9, atol=1e-14)
-    assert (decay <= 0).all() and (decay >= LOG_DECAY_FLOOR * (1 + 1e-6)).all()
+    assert (decay <= 0).all()
 
 
 @pytest.mark.parametrize("far", [-200.0, 200.0])
@@ -49,7 +49,8 @@ def test_routed_gates_have_finite_gradients(far):
     decay = log_decay_from_routing(write, slots)
     decay.sum().backward()
     assert decay.isfinite().all() and write.grad.isfinite().all() and slots.grad.isfinite().all()
-    assert decay[..., 1].mean().item() == pytest.approx(LOG_DECAY_FLOOR if far > 0 else 0.0, abs=2e-3)
+    assert decay[..., 1].mean().item() == pytest.approx(LOG_DECAY_FLOOR if far > 0 else 0.0, abs=1e-5)
+    assert (decay >= torch.tensor(LOG_DECAY_FLOOR)).all()
 
 
 def test_low_precision_logits_give_fp32():

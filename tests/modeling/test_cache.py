@@ -22,8 +22,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "recurrent": {"window": 0},
     "unequal": {"window": [3, 11], "slots": 40, "sinks": 5},
     "rotated slots": {"slot_rotary": True},
+    "routed": {"gate": "routed", "slot_rotary": True},
 }
-FAMILIES = ("llama_tied_rope", "qwen2", "qwen3", "mistral", "qwen3_moe", "qwen3_tied")
+FAMILIES = ("llama_tied_rope", "qwen2", "qwen3", "mistral", "qwen3_moe", "qwen3_tied", "llama")
 """The pico model of each variant."""
 BEFORE = (WINDOW - 1, WINDOW, WINDOW + 1, 5 * WINDOW)
 ENDS = {"one token each": range(14), "many tokens": [0], "chunks": [0, 5]}

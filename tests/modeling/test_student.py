@@ -142,10 +142,10 @@ def test_packed_documents_are_separate(pico: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("windows", [6, [6, "full"]])
-def test_packed_rows_of_a_batch(pico: Path, windows: Any) -> None:
+@pytest.mark.parametrize(("windows", "rotary"), [(6, False), ([6, "full"], False), (6, True)])
+def test_packed_rows_of_a_batch(pico: Path, windows: Any, rotary: bool) -> None:
     """Rows may be packed differently; each document is what it is alone."""
-    model = load_student(pico, NHASettings(window=windows, slots=8, sinks=2))
+    model = load_student(pico, NHASettings(window=windows, slots=8, sinks=2, slot_rotary=rotary))
     lengths = ([17, 1, 22], [40])
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
     together = model(IDS, position_ids=positions).logits

@@ -122,6 +122,20 @@ def test_windows_of_a_finished_model(finished: Path, words: Path) -> None:
     assert model.config.nha_windows == [None, *windows[1:]]
 
 
+def test_the_cache_of_a_finished_model_is_counted_as_it_is(needy_model: Path, tmp_path: Path) -> None:
+    """Rotated slots keep no cos and sin; a checkpoint from before there was a choice does not name them."""
+    for rotary in (False, True):
+        settings = NHASettings(slots=8, window=[8, 8, 16, 8], sinks=1, full_attention_layers=[0], slot_rotary=rotary)
+        swap_checkpoint(needy_model, tmp_path / f"rotary-{rotary}", settings, quiet=True)
+        request = search_request(str(tmp_path / f"rotary-{rotary}"), full=1, overrides=SMALL)
+        assert request.recipe.nha.slot_rotary is rotary
+    path = tmp_path / "rotary-False" / "config.json"
+    fields = json.loads(path.read_text())
+    del fields["nha_slot_rotary"], fields["nha_gate"]
+    path.write_text(json.dumps(fields))
+    assert not search_request(str(path.parent), full=1, overrides=SMALL).recipe.nha.slot_rotary
+
+
 def test_a_finished_model_against_a_teacher(finished: Path, needy_model: Path, words: Path) -> None:
     options: dict[str, Any] = {"full": 1, "text": str(words), "overrides": SMALL}
     alone = find_windows(search_request(str(finished), **options))

@@ -16,11 +16,14 @@ import torch
 from stages import make_recipe, train
 
 from nha_convert.errors import InputError, WorkError
+from nha_convert.recipe import Recipe
 from nha_convert.train import checkpoints, trainer
+from nha_convert.train.job import StageJob
 from nha_convert.train.random_state import random_state, set_random_state
 
 PLACES = ("optimizer:0:4", "step:0:6", "done:0", "step:1:5", "marker:1:8")
 TIMES = ("seconds", "tokens_per_second")
+ROUTED = {"gate": "routed", "gate_init": "attended"}
 
 
 def same(tensors: dict[str, torch.Tensor], model: Any) -> None:
@@ -51,6 +54,19 @@ def test_killed_in_every_place(pico_llama: Path, text: Path, uninterrupted: dict
     assert rows(tmp_path) == rows(uninterrupted["folder"])
     for mine, theirs in zip(summaries, uninterrupted["summaries"]):
         assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+def test_folders_from_before_a_setting_are_gone_on_with(tmp_path: Path) -> None:
+    """The digest of an old recipe is what it was before routed gates and rotated slots, and theirs are others."""
+    stage = {"kind": "align", "tokens": 96, "sequence_length": 48, "batch_size": 2}
+    nha = {"slots": 8, "window": 8, "gate_init": "spread"}
+    fields = {"model": "pico", "output": "unused", "data": {"sources": [{"source": "stdlib"}]}, "stages": [stage]}
+
+    def digest(**changes: Any) -> str:
+        return StageJob(Recipe.model_validate(fields | {"nha": nha | changes}), 0, tmp_path, True).identity()
+
+    assert digest() == "8172647ca78ab321"
+    assert len({digest(), digest(slot_rotary=True), digest(gate_init="attended"), digest(**ROUTED)}) == 4
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, index: int, step: int) -> None:
