@@ -131,25 +131,25 @@ def layer_start(layer: Any, inputs: LayerInputs, method: str, horizons: tuple[fl
     hidden, keys = inputs.hidden[:, absorbed].flatten(0, 1), inputs.key[:, absorbed].flatten(0, 1)
     options: dict[str, Any] = {"slots": gate.slots, "seed": seed}
     heads, dim = inputs.query.shape[2:]
-    met = torch.ones(heads, dim), torch.zeros(heads)  # scale of the queries, bias of the slots
+    query_scale, slot_bias = torch.ones(heads, dim), torch.zeros(heads)
     if method == "attended":
         received, channels = _far_attention(inputs)
         if gate.slot_q_scale is not None or inputs.slot_rotary:
             keys = keys * channels.unflatten(0, (gate.groups, -1)).mean(1)
         if gate.slot_q_scale is not None and not inputs.slot_rotary:  # rotated products know their distance
-            met = channels, met[1]
+            query_scale = channels
         seen = hidden, keys, received[:, absorbed].flatten(0, 1)
         if gate.write_proj is None:
-            start = GateStart(*attended_gates(*seen, tau=gate.tau, **options), *met)
+            start = GateStart(*attended_gates(*seen, tau=gate.tau, **options), query_scale, slot_bias)
         else:
             weight, bias, write_weight, write_bias = routed_gates(*seen, **options)
-            start = GateStart(weight, bias, *met, write_weight, write_bias)
+            start = GateStart(weight, bias, query_scale, slot_bias, write_weight, write_bias)
     else:
         key_weight = layer.k_proj.weight
         if hasattr(layer, "k_norm"):
             key_weight = key_weight * layer.k_norm.weight.repeat(gate.groups)[:, None]
         gates = cluster_gates(hidden, keys, key_weight, tau=gate.tau, horizons=horizons, **options)
-        start = GateStart(*gates, *met)
+        start = GateStart(*gates, query_scale, slot_bias)
     if method == "clusters":
         return start.to("cpu")
     learned = {"with_query_scale": gate.slot_q_scale is not None, "with_slot_bias": gate.slot_bias is not None}
