@@ -219,19 +219,33 @@ def test_too_little_space_is_refused(pico_llama: Path, text: Path, tmp_path: Pat
 
 
 # ---- the whole run -------------------------------------------------------------------------------
-def test_a_run_exports_the_same_bytes(pico_models: dict[str, Path], text: Path, tmp_path: Path) -> None:
+ALIGN = {"kind": "align", "learning_rate": 0.02}
+RUNS: dict[str, tuple[str, list[dict[str, Any]], tuple[str, ...], tuple[str, ...]]] = {
+    "then whole": ("qwen3_moe", [ALIGN, {"kind": "distill"}], (), ("swapped", "aligned", "final")),
+    # routed gates start with the whole model in memory, so a stage that has it comes first
+    "routed, second": (
+        "qwen3",
+        [{"kind": "hidden", "train": "gates"}, ALIGN],
+        ("nha.gate=routed", "nha.gate_init=attended"),
+        ("swapped", "stage_1", "final"),
+    ),
+}
+"""Family, stages, further settings, and the rows of the evaluation besides the teacher's."""
+
+
+@pytest.mark.parametrize("case", list(RUNS))
+def test_a_run_exports_the_same_bytes(pico_models: dict[str, Path], text: Path, tmp_path: Path, case: str) -> None:
     """Measured, exported and verified with the base on disk; a stage that needs the whole model gets it."""
-    model = pico_models["qwen3_moe"]
-    stages = [{"kind": "align", "learning_rate": 0.02}, {"kind": "distill"}]
+    family, stages, sets, rows = RUNS[case]
     found = {}
     for name, more in (("whole", {}), ("parts", {"layers_at_once": 1, "cached_tokens": SPAN})):
-        path = write_recipe(tmp_path / f"{name}.yaml", model, text, stages=stages, **more)
-        evaluation = run(load_recipe(str(path)), tmp_path / name, quiet=True)
-        nll = {row: evaluation[row]["nll"] for row in ("teacher", "swapped", "aligned", "final")}
+        path = write_recipe(tmp_path / f"{name}.yaml", pico_models[family], text, stages=stages, **more)
+        evaluation = run(load_recipe(str(path), sets), tmp_path / name, quiet=True)
+        nll = {row: evaluation[row]["nll"] for row in ("teacher", *rows)}
         shards = sorted((tmp_path / name / "export").glob("*.safetensors"))
         verification = json.loads((tmp_path / name / "verify.json").read_text())
         found[name] = nll, [(shard.name, shard.read_bytes()) for shard in shards], verification["failures"]
-    assert found["whole"][0] == found["parts"][0]
+    assert found["whole"][0] == found["parts"][0] and len(set(found["whole"][0].values())) > 1
     assert found["whole"][1] == found["parts"][1] and found["parts"][2] == []
     assert not [path.name for path in (tmp_path / "parts").iterdir() if path.name.startswith(".")]
 
