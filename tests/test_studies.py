@@ -213,13 +213,18 @@ def test_the_memory_page() -> None:
 
 
 def test_variants_of_the_training_study() -> None:
-    for name, variant in study_training.VARIANTS.items():
-        recipe = study_training.study_recipe(variant, 2)
-        assert sum(stage.tokens for stage in recipe.stages) == study_training.TOKENS, name
+    for teacher, layers in (("embedded", 4), ("qwen3", 6)):
+        for name, variant in study_training.VARIANTS.items():
+            recipe = study_training.study_recipe(variant, 2, teacher)
+            assert sum(stage.tokens for stage in recipe.stages) == study_training.TOKENS, name
+        shared = study_training.EXTENSIONS["as many slots in all, most where it recalls"]
+        slots = study_training.study_recipe(shared, 2, teacher).nha.slots
+        assert isinstance(slots, list) and len(slots) == layers and sum(slots) == 64 * layers
     paper = study_training.study_recipe(study_training.EXTENSIONS["the paper's layer and start"], 0).nha
     assert not (paper.slot_query_scale or paper.slot_bias or paper.mask_empty or paper.sinks)
     row = {
         "variant": "alignment",
+        "teacher": "embedded",
         "seed": 0,
         "recovery": 0.6,
         "interval": None,
@@ -228,5 +233,9 @@ def test_variants_of_the_training_study() -> None:
         "layers": [{"nll_gain": 0.1, "interval": [0.05, 0.2]}, {"nll_gain": 0.0, "interval": None}],
         "recall": {"64": 0.5},
     }
-    text = study_training.page([row], "# Title\n\n")
-    assert "| alignment | 0 | 0.600 | – | 4.0000 | 4.2000 | 1 of 2 | 0.50 |" in text
+    text = study_training.page([{**row, "teacher": "qwen3"}, row], "# Title\n\n")
+    first, second = (
+        f"| alignment | {teacher} | 0 | 0.600 | – | 4.0000 | 4.2000 | 1 of 2 | 0.50 |"
+        for teacher in study_training.TEACHERS
+    )
+    assert f"{first}\n{second}" in text
