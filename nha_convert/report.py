@@ -98,7 +98,17 @@ def _sections(run: RunData) -> list[str]:
 def _distance_figures(run: RunData) -> list[Figure]:
     recall = "Exact match of generated answers, 95 % intervals."
     return [
-        ("NLL by position", report_plots.nll_by_position(run.evaluation), "Held-out text."),
+        ("NLL by position", report_plots.by_position(run.evaluation, "nll"), "Held-out text."),
+        (
+            "KL by position",
+            report_plots.by_position(run.evaluation, "kl"),
+            "Of the teacher's prediction from the model's.",
+        ),
+        (
+            "Top-1 by position",
+            report_plots.by_position(run.evaluation, "top1"),
+            "Where both find the same token likeliest.",
+        ),
         ("Recall by distance", report_plots.recall_by_distance(run.evaluation), recall),
     ]
 

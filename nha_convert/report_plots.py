@@ -11,6 +11,12 @@ from matplotlib.ticker import EngFormatter
 from nha_convert.evaluate.table import row_names
 from nha_convert.report_svg import MARKERS, OTHER, SERIES, axes_of, inline_svg, legend, log_scale, style, token_axis
 
+BY_POSITION = {
+    "nll": ("NLL (nats)", "Negative log likelihood"),
+    "kl": ("KL to the teacher (nats)", "KL divergence from the teacher's prediction"),
+    "top1": ("same most likely token", "Share of tokens with the teacher's most likely one"),
+}
+"""Metric of eval.json -> its axis, and what it is."""
 SMOOTHED = 30
 """Logged steps from which on a running mean is drawn over the single ones."""
 
@@ -76,23 +82,24 @@ def _running_mean(values: list[float], width: int) -> list[float]:
     return [sum(part) / len(part) for part in parts]
 
 
-def nll_by_position(evaluation: dict[str, Any]) -> str | None:
-    """NLL against the tokens of context before the predicted one; None if no row has it."""
-    rows = _names(evaluation, "nll_buckets", ("teacher", "window_only", "swapped", "aligned", "final"))
+def by_position(evaluation: dict[str, Any], metric: str) -> str | None:
+    """One of `BY_POSITION` against the tokens of context before the predicted one; None if no row has it."""
+    axis, what = BY_POSITION[metric]
+    rows = _names(evaluation, f"{metric}_buckets", ("teacher", "window_only", "swapped", "aligned", "final"))
     if not rows:
         return None
     with style():
-        figure, axes = axes_of("tokens of context", "NLL (nats)", _rows_of_legend(len(rows)))
+        figure, axes = axes_of("tokens of context", axis, _rows_of_legend(len(rows)))
         ends: list[int] = []
         for key, name in rows:
-            buckets = evaluation[key]["nll_buckets"]
+            buckets = evaluation[key][f"{metric}_buckets"]
             bounds = [[int(bound) for bound in re.findall(r"\d+", bucket)] for bucket in buckets]
             ends += [high for _, high in bounds]
             axes.plot([max(1.0, sum(pair) / 2) for pair in bounds], list(buckets.values()), label=name, **_look(key))
         token_axis(axes, ends)
         legend(axes)
         names = ", ".join(name for _, name in rows)
-        return inline_svg(figure, "nll", f"Negative log likelihood by position in the context, of {names}")
+        return inline_svg(figure, metric, f"{what} by position in the context, of {names}")
 
 
 def recall_by_distance(evaluation: dict[str, Any]) -> str | None:

@@ -32,6 +32,8 @@ def row(label: str, nll: float, exact: float | None = None, **more: Any) -> dict
         }
     )
     intervals = {"bootstrap": {"windows": 8, "draws": 1000, "seed": 3}, "nll": [nll - 0.25, nll + 0.125]}
+    if "kl" in more:
+        more = {"kl_buckets": dict.fromkeys(BUCKETS, more["kl"]), "top1_buckets": dict.fromkeys(BUCKETS, 0.9)} | more
     return {"label": label, "nll": nll, "nll_buckets": buckets, "recall": recall, "intervals": intervals} | more
 
 
@@ -190,7 +192,8 @@ def test_sections_and_their_order(page: str) -> None:
     assert parsed.text.index("Keeps 9") < parsed.text.index("What is not good") < parsed.text.index("Measured")
     assert "not measured</p>" not in page
     figures = [
-        *("Training loss, stage 1 (align)", "Training loss, stage 2 (distill)", "NLL by position"),
+        *("Training loss, stage 1 (align)", "Training loss, stage 2 (distill)"),
+        *("NLL by position", "KL by position", "Top-1 by position"),
         *("Recall by distance", "Recall by distance and pairs: teacher", "Recall by distance and pairs: final"),
         *("Alignment error", "Slot mass by head", "Slot mass by position", "Cache memory", "Decode latency"),
     ]
@@ -273,8 +276,8 @@ def test_unfinished_run_shows_what_there_is(run_dir: Path) -> None:
     assert "The run is not finished: the final model is not measured." in page
     assert "What is not good" not in page
     assert "<li>memory recovery (or" in page and "<li>the exported model (nha-convert verify RUN).</li>" in page
-    # loss, recall, pairs, alignment, two of slot mass, cache, latency; NLL by position is there
-    assert page.count("<p>not measured</p>") == 8
+    # loss, KL, top-1, recall, pairs, alignment, two of slot mass, cache, latency; NLL by position is there
+    assert page.count("<p>not measured</p>") == 10
     assert page.count('<p class="soft">not measured') == 3  # costs, layers, branches
     assert "<td>2.5432<small>[2.293, 2.668]</small></td>" in page
     assert re.search(r'<tr class="final"><th scope="row">final</th>(<td>–</td>)+</tr>', page)

@@ -10,7 +10,7 @@ import pytest
 from nha_convert.plan import model_dimensions
 from nha_convert.recipe import Recipe
 from tools import acceptance_fidelity as fidelity
-from tools import study_memory, study_quarter, study_training
+from tools import readme, study_memory, study_quarter, study_training
 
 
 def memory_row(teacher: str, window: str, recovery: float, gains: list[float]) -> dict[str, Any]:
@@ -210,6 +210,24 @@ def test_the_memory_page() -> None:
     assert "4.0100 (3.91 to 4.11) | 4.0000 | yes |" in text
     for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
         assert len({row.count("|") for row in table.splitlines()}) == 1, "every row of a table has as many cells"
+
+
+def test_readme_tells_what_the_study_of_memory_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [memory_row("embedded", "32", 0.9, [0.1]) | {"protocol": "long"}, memory_row("qwen3", "64", 0.8, [0.1])]
+    assert study_memory.readme_rows(rows) == [
+        ["embedded", "32", "0.900 (0.80 to 1.00)", "–", "–"],
+        ["embedded", "64", "–", "–", "–"],
+        ["qwen3", "32", "–", "–", "–"],
+        ["qwen3", "64", "–", "–", "–"],  # `short` is not told
+    ]
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("before\n<!-- a -->\nold\n<!-- a -->\nafter\n")
+    for value in ("1", "2"):
+        readme.write_block("a", ["x", "y"], [["w", value]], "Note.")
+    written = "before\n<!-- a -->\n| x | y |\n|---|---|\n| w | 2 |\n\nNote.\n<!-- a -->\nafter\n"
+    assert (tmp_path / "README.md").read_text() == written
+    with pytest.raises(ValueError, match="two markers <!-- b --> are needed, found 0"):
+        readme.write_block("b", ["x"], [], "")
 
 
 def test_variants_of_the_training_study() -> None:

@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 
 from tools import study_init
-from tools.study_init import Study, spread_of, study_recipe, table, tokens_given, tokens_to_reach, write_study
+from tools.study_init import (
+    Study,
+    readme_rows,
+    spread_of,
+    study_recipe,
+    table,
+    tokens_given,
+    tokens_to_reach,
+    write_study,
+)
 
 
 def row(method: str, tokens: int, recovery: float, seed: int = 0, **recall: float) -> dict[str, Any]:
@@ -39,6 +48,12 @@ def test_the_table() -> None:
     assert lines[2] == "| `key` | – | – | 0.500 | at most 1000k |"
     assert lines[3] == "| `clusters` | 0.400 | 0.600 (0.500 to 0.700) | – | 250k |"
     assert "| teacher | | 1.00 |" in lines and "| `key` | 1000k | 0.25 |" in lines
+
+
+def test_readme_tells_seeds_and_their_range() -> None:
+    rows = [row("key", 1_000_000, 0.5), row("attended", 250_000, 0.5), row("attended", 250_000, 0.7, seed=1)]
+    results = {"teachers": {"small": {"nll": 1.0, "recall": {}}}, "rows": rows}
+    assert readme_rows(results) == [["small", "–", "0.500, 1 seed", "0.600 (0.500 to 0.700), 2 seeds", "–"]]
 
 
 def test_what_people_wrote_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

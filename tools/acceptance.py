@@ -37,6 +37,7 @@ import tools.acceptance_training  # noqa: F401
 from tools.acceptance_base import LINES, ROOT, line
 from tools.acceptance_base import clone as _clone
 from tools.acceptance_base import run as _run
+from tools.readme import write_block
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 JSON, PAGE = ROOT / "docs" / "acceptance.json", ROOT / "docs" / "acceptance.md"
@@ -365,17 +366,12 @@ def write_page(rows: dict[str, Any]) -> None:
 
 
 def write_readme(evaluation: dict[str, Any]) -> None:
-    """README's table of the demo, between its two markers."""
+    """README's table of the demo."""
     from nha_convert.evaluate.table import table_header, table_notes, table_rows
 
-    path, marker = ROOT / "README.md", "<!-- demo-table -->"
-    header = table_header(evaluation)
-    table = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    table += [f"| {' | '.join(cells)} |" for _, cells in table_rows(evaluation)]
-    notes = " ".join(table_notes(evaluation))
-    before, _, after = path.read_text(encoding="utf-8").split(marker)
-    block = "\n".join([marker, *table, "", notes, "Written by `python tools/acceptance.py fidelity`.", marker])
-    path.write_text(before + block + after, encoding="utf-8")
+    rows = [cells for _, cells in table_rows(evaluation)]
+    note = f"{' '.join(table_notes(evaluation))}\nWritten by `python tools/acceptance.py fidelity`."
+    write_block("demo-table", table_header(evaluation), rows, note)
 
 
 def main() -> None:

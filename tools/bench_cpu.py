@@ -38,6 +38,7 @@ from nha_convert.gate_init import init_gates  # noqa: E402
 from nha_convert.modeling.attention_nha import nha_layers, teacher_mode  # noqa: E402
 from nha_convert.provenance import processor  # noqa: E402
 from nha_convert.settings import EvaluateSettings, NHASettings  # noqa: E402
+from tools.readme import write_block  # noqa: E402
 
 HEADS, GROUPS, DIM, HIDDEN, INTERMEDIATE = 14, 2, 64, 896, 4864
 SLOTS, WINDOW, SINKS = 64, 64, 4
@@ -284,18 +285,14 @@ def main() -> None:
 
 
 def write_readme(results: dict[str, Any]) -> None:
-    """README's table of the CPU, between its two markers."""
-    path, marker = ROOT / "README.md", "<!-- cpu-table -->"
-    before, _, after = path.read_text(encoding="utf-8").split(marker)
+    """README's table of the CPU."""
     e = results["environment"]
     note = (
         f"Qwen2.5-0.5B's shapes, all layers NHA, M {SLOTS}, W {WINDOW}, bf16, {e['cores']} cores of {e['cpu']}, seed "
         f"0, teacher and student in turns. {counted(results)}"
     )
-    lines = ["| | teacher | NHA | target | measured |", "|---|---|---|---|---|"]
-    lines += ["| " + " | ".join(row) + " |" for row in table(results)]
-    block = "\n".join([marker, *lines, "", note + " Written by `python tools/bench_cpu.py`.", marker])
-    path.write_text(before + block + after, encoding="utf-8")
+    header = ["", "teacher", "NHA", "target", "measured"]
+    write_block("cpu-table", header, table(results), note + " Written by `python tools/bench_cpu.py`.")
 
 
 if __name__ == "__main__":

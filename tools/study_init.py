@@ -43,6 +43,7 @@ from nha_convert.model_source import resolve_model  # noqa: E402
 from nha_convert.recipe import Recipe, load_recipe  # noqa: E402
 from nha_convert.settings_types import NEEDS_TEXT  # noqa: E402
 from nha_convert.train import run_stage  # noqa: E402
+from tools.readme import write_block  # noqa: E402
 
 OUT = ROOT / "docs" / "studies" / "gate-init"
 FULL = (0, 250_000, 1_000_000, 4_000_000)
@@ -52,6 +53,8 @@ BETWEEN = (62_500, 125_000, 500_000, 2_000_000)
 GOAL = 1_000_000
 """What `key` reaches after so many tokens is what the others have to reach."""
 PAPER = "key"
+TOLD = (("key", 250_000), ("key", 1_000_000), ("attended", 250_000), ("attended", 1_000_000))
+"""Starts and budgets of README's table."""
 
 
 def study_recipe(teacher: str, method: str, seed: int, tokens: int) -> Recipe:
@@ -112,9 +115,7 @@ class Study:
     def _run(self, method: str, seed: int, tokens: int) -> dict[str, Any]:
         started = time.perf_counter()
         recipe = study_recipe(self.teacher, method, seed, tokens)
-        model = load_student(
-            self.folder, recipe.nha, dtype=torch.float32, seed=seed, length=recipe.training_length
-        )
+        model = load_student(self.folder, recipe.nha, dtype=torch.float32, seed=seed, length=recipe.training_length)
         if method in NEEDS_TEXT:
             ids = calibration_ids(recipe, self.tokenizer)
             calibrate_gates(model, recipe.nha, ids, seed=seed)
@@ -235,6 +236,18 @@ def write_study(results: dict[str, Any]) -> None:
     write_text(path, before + begin + "\n\n" + "\n".join(parts) + "\n" + end + rest.partition(end)[2])
 
 
+def readme_rows(results: dict[str, Any]) -> list[list[str]]:
+    """README's table: a line per teacher, a column per start and budget of `TOLD`."""
+    cells: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+    for row in results["rows"]:
+        cells[row["teacher"], row["method"], row["tokens"]].append(row["recovery"])
+
+    def said(values: list[float]) -> str:
+        return f"{spread_of(values)}, {len(values)} seed{'s' * (len(values) > 1)}" if values else "–"
+
+    return [[teacher, *(said(cells[(teacher, *cell)]) for cell in TOLD)] for teacher in sorted(results["teachers"])]
+
+
 def tokens_given(text: str) -> list[int]:
     """`0,250k,1M` as numbers."""
     units = {"k": 10**3, "m": 10**6}
@@ -261,7 +274,15 @@ def main() -> None:
                     line = f"{study.name} {method} seed {seed} {tokens} tokens: recovery {row['recovery']:.3f}"
                     print(line, flush=True)
     with FileLock(OUT.with_suffix(".lock")):
-        write_study(kept())
+        results = kept()
+        write_study(results)
+        header = ["teacher", *(f"`{method}`, {tokens / 1e6:g}M tokens" for method, tokens in TOLD)]
+        note = (
+            "Memory recovery after alignment alone, 64 slots in each layer, window 32: mean over seeds, and their "
+            "range. `key` is the paper's start, `attended` the default; `second` is the Qwen3. Written by `python "
+            "tools/study_init.py`."
+        )
+        write_block("start-table", header, readme_rows(results), note)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from nha_convert.evaluate.nll import (
     position_buckets,
     teacher_logits_of,
 )
+from nha_convert.evaluate.position_table import POSITION_HEADER, POSITION_NOTES, position_rows
 from nha_convert.evaluate.recall import ask_task, recall_by_generation, recall_distances
 from nha_convert.evaluate.recall_tasks import tasks_named
 from nha_convert.evaluate.slots import read_slots, slot_mass, slot_usage
@@ -264,7 +265,7 @@ def _tasks(
 
 
 def summary_table(evaluation: dict[str, Any]) -> Table | Group:
-    """The measured rows for rich, captions saying what was left out; further tables where tasks were asked.
+    """The measured rows for rich, captions saying what was left out; then by position, by layer, and tasks if asked.
 
     Args:
         evaluation: the content of eval.json, complete or not.
@@ -276,6 +277,8 @@ def summary_table(evaluation: dict[str, Any]) -> Table | Group:
         table.add_row(*cells, style="bold" if key == "final" else None)
     further = []
     final = evaluation.get("final") or {}
+    if positions := position_rows(evaluation):
+        further.append(_plain_table("By position", POSITION_HEADER, positions, POSITION_NOTES, names=1))
     if layers := layer_cells(final):
         rows = [[str(index), *("\n".join(filter(None, one)) for one in own)] for index, own in layers.items()]
         header = ["layer", *USAGE_HEADER, GAIN_HEADER]

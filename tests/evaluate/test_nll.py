@@ -98,6 +98,24 @@ def test_compare_of_known_distributions() -> None:
     assert "kl" not in result["q"]
 
 
+def test_agreement_by_position() -> None:
+    """A reader that is the reference but where one token precedes the predicted one, or at least 300 do."""
+    skewed = torch.tensor([1 / 2, 1 / 6, 1 / 6, 1 / 6]).log()
+
+    def differs(ids: torch.Tensor) -> torch.Tensor:
+        logits = skewed.repeat(*ids.shape, 1)
+        logits[:, 0] = logits[:, 299:] = skewed.roll(1)
+        return logits
+
+    tokens = torch.zeros(2 * 399 + 1, dtype=torch.long)  # two windows, longer than the positions scored at once
+    readers = {"reference": lambda ids: skewed.expand(*ids.shape, 4), "other": differs}
+    buckets = [(0, 2), (2, 256), (256, 300), (300, 400)]
+    other = compare(readers, tokens, 400, reference="reference", buckets=buckets, batch_size=2, quiet=True)["other"]
+    kl = (1 / 2 - 1 / 6) * math.log(3)
+    assert list(other["kl"]["buckets"].values()) == pytest.approx([kl, 0, 0, kl], abs=1e-7)
+    assert list(other["top1"]["buckets"].values()) == [0, 1, 1, 0]
+
+
 def test_agreement_of_a_student_with_nothing_absorbed_is_complete(pico: Path) -> None:
     model = load_student(pico, NHASettings(window=64, slots=8))
     result = agreement(model, TOKENS, 50, bos=256)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from nha_convert.convert import load_student
 from nha_convert.evaluate.ablation import branch_ablation, memory_recovery
 from nha_convert.evaluate.nll import agreement
+from nha_convert.evaluate.position_table import position_rows
 from nha_convert.evaluate.suite import evaluate_student, evaluate_teacher, summary_table
 from nha_convert.evaluate.table import table_notes, table_rows
 from nha_convert.evaluate.task_table import harness_rows, has_tasks, task_distances, task_rows
@@ -92,6 +93,25 @@ def test_a_row_is_printed_with_its_layers(row: dict[str, Any]) -> None:
     said = render({"final": row})
     assert "Layers of the final model" in said and "evaluate.layer_ablation=true measures it" in said
     assert f"{sum(row['slot_usage']['effective_slots'][1]) / 4:.1f}" in said
+
+
+def test_a_row_is_printed_by_position(row: dict[str, Any]) -> None:
+    teacher = {"nll": row["nll_teacher"], "nll_buckets": {"0-16": 1.5}}
+    window = {"nll_buckets": {"0-16": 2.5, "16-32": 3.5}}
+    evaluation = {"teacher": teacher, "window_only": window, "final": row}
+    cells = {
+        bucket: (
+            f"{row['nll_buckets'][bucket]:.4f}",
+            f"{row['kl_buckets'][bucket]:.4f}",
+            f"{row['top1_buckets'][bucket]:.3f}",
+        )
+        for bucket in ("0-16", "16-32", "32-64")
+    }
+    found = position_rows(evaluation)
+    assert found[0] == ["0-16", "1.5000", "2.5000", *cells["0-16"]]
+    assert found[1] == ["16-32", "–", "3.5000", *cells["16-32"]] and found[2] == ["32-64", "–", "–", *cells["32-64"]]
+    assert "By position" in render(evaluation) and cells["32-64"][1] in render(evaluation)
+    assert position_rows({"teacher": teacher}) == [] and "By position" not in render({"teacher": teacher})
 
 
 TASK_SETTINGS = SETTINGS.model_copy(
