@@ -15,6 +15,7 @@ from typing import Any
 from nha_convert.plan import model_dimensions
 from nha_convert.recipe import load_recipe
 from tools.acceptance_base import ROOT, line
+from tools.study_init import spread_of
 from tools.study_memory import PROTOCOLS, TEACHERS
 
 STUDIES = ROOT / "docs" / "studies"
@@ -199,11 +200,14 @@ def start() -> dict[str, Any]:
             continue
         measured = sorted((t, values) for (method, t), values in cells.items() if method == DEFAULT)
         reached = [t for t, values in measured if mean(values) >= mean(goal)]
-        curve = ", ".join(f"{t // 1000}k: {mean(values):.3f} ({len(values)})" for t, values in measured)
+        curve = ", ".join(
+            f"{t // 1000}k: {spread_of(values)}, {sum(value >= mean(goal) for value in values)} of {len(values)}"
+            for t, values in measured
+        )
         factor = GOAL_TOKENS / reached[0] if reached and reached[0] else math.inf if reached else 0.0
         met = met and factor >= 2
         parts.append(
-            f"{teacher}: W_k at 1M {mean(goal):.3f} ({len(goal)} seeds); default, by tokens (seeds): {curve}; "
-            f"{factor:.3g}x fewer"
+            f"{teacher}: W_k at 1M {spread_of(goal)}, {len(goal)} seeds; default, by tokens, and how many seeds reach "
+            f"that mean: {curve}; {factor:.3g}x fewer"
         )
     return {"measured": "; ".join(parts), "met": met and bool(parts)}

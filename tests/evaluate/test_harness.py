@@ -57,6 +57,7 @@ def test_every_task_has_its_file(utils: ModuleType) -> None:
         *(f"{one}.yaml" for one in group["task"]),
     }
     metrics = ["exact_match", *(f"exact_match_x{distance:g}" for distance in utils.DISTANCES)]
+    metrics += [f"exact_match_p{pairs}" for pairs in utils.PAIRS]
     for name, kind in TASKS.items():
         task = read(f"nha_{name}.yaml")
         assert task["task"] == f"nha_{name}" and task["output_type"] == "generate_until"
@@ -101,12 +102,29 @@ def test_seed_and_missing_model(utils: ModuleType) -> None:
 
 
 def test_score(utils: ModuleType) -> None:
-    doc = {"answer": " two words", "windows": 4.0}
+    doc = {"answer": " two words", "windows": 4.0, "pairs": 0}
     assert utils.process_results(doc, [" two words and more"]) == {"exact_match": 1.0, "exact_match_x4": 1.0}
     assert utils.process_results(doc, ["two word"]) == {"exact_match": 0.0, "exact_match_x4": 0.0}
     assert utils.process_results(doc, ["two wordsmiths"]) == {"exact_match": 0.0, "exact_match_x4": 0.0}
     assert utils.process_results(doc, ["two words; three"]) == {"exact_match": 1.0, "exact_match_x4": 1.0}
     assert utils.process_results(doc | {"windows": 3.0}, [" one two words"]) == {"exact_match": 0.0}
+    pairs = utils.process_results(doc | {"windows": 3.0, "pairs": 64}, ["two words"])
+    assert pairs == {"exact_match": 1.0, "exact_match_p64": 1.0}
+
+
+def test_documents_from_a_text_of_ones_own(utils: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("zebra quagga okapi " * 2000, encoding="utf-8")
+    options = {"pretrained": TEACHER, "distances": [4], "prompts": 2}
+    own = list(utils.needle(**options, text=str(tmp_path / "mine.txt"))["test"])
+    assert all("quagga okapi" in row["prompt"] for row in own)
+    assert not any("quagga" in row["prompt"] for row in utils.needle(**options)["test"])
+    with pytest.raises(ValueError, match="text nowhere.txt: cannot be read as UTF-8 text"):
+        utils.needle(**options, text="nowhere.txt")
+
+
+def test_every_number_of_pairs_is_asked(utils: ModuleType) -> None:
+    rows = list(utils.mqar(tokenizer=TEACHER, context=4096, distances=[32], prompts=1)["test"])
+    assert {row["pairs"] for row in rows} == set(utils.PAIRS)
 
 
 def test_without_the_harness_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

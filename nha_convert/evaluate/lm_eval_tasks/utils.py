@@ -1,8 +1,8 @@
 """Documents and score of the recall tasks for lm-evaluation-harness, which loads this file by its path.
 
-The same generators as `evaluate.tasks` make the documents, from the model's own tokenizer and the text of this
-machine's Python standard library; nothing is downloaded. The harness passes text, not ids, so a tokenizer that joins
-pieces across the places where lines were put moves a distance by a few tokens.
+The same generators as `evaluate.tasks` make the documents, from the model's own tokenizer and a text file, or the text
+of this machine's Python standard library; nothing is downloaded. The harness passes text, not ids, so a tokenizer that
+joins pieces across the places where lines were put moves a distance by a few tokens.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -22,16 +23,28 @@ from nha_convert.evaluate.recall_tasks import RecallTask, TaskGenerator, tasks_n
 
 DISTANCES = (0.5, 1, 2, 4, 8, 16, 32)
 """In windows; each has its metric in _nha_recall_common_yaml."""
+PAIRS = (4, 8, 16, 32, 64, 128)
+"""Keys of `mqar`; each has its metric, too."""
 FILLER = 65_536
 """Tokens of text that documents are filled from."""
 SPARE = 48
 """Positions kept free for the answer, and for what encoding the text anew may add."""
 
 
-def filler_of(tokenizer: Any) -> list[int]:
-    """Ids of the held-out part of the standard library."""
+def filler_of(tokenizer: Any, text_file: str | None = None) -> list[int]:
+    """Ids of a text file, or of the held-out part of the standard library.
+
+    Raises:
+        ValueError: the file cannot be read as UTF-8 text.
+    """
+    try:
+        texts = [Path(text_file).read_text(encoding="utf-8")] if text_file else stdlib_texts("held_out")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"nha_recall: text {text_file}: cannot be read as UTF-8 text ({error}); name a file"
+        ) from error
     ids: list[int] = []
-    for text in stdlib_texts("held_out"):
+    for text in texts:
         ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= FILLER:
             break
@@ -46,9 +59,10 @@ def documents(
     window: int = 64,
     context: int | None = None,
     distances: Sequence[float] = DISTANCES,
-    pairs: Sequence[int] = (16,),
+    pairs: Sequence[int] = PAIRS,
     prompts: int = 16,
     seed: int = 0,
+    text: str | None = None,
     trust_remote_code: bool = False,
     **_: Any,
 ) -> dict[str, Dataset]:
@@ -61,13 +75,14 @@ def documents(
         window: tokens that a distance of 1 stands for; the same for all models that are to be compared.
         context: the longest prompt; the model's positions if None.
         distances: in windows; those that the context has no room for are left out.
-        pairs: numbers of keys of `mqar`.
+        pairs: numbers of keys of `mqar`; those that a distance has no room for are left out.
         prompts: documents per distance (and number of pairs).
         seed: of the documents.
+        text: a UTF-8 file that the documents are filled from; the standard library's held-out part if None.
     Returns:
         {"test": rows of "prompt", "answer", "task", "distance" (tokens), "windows", "pairs" (0 but for `mqar`)}.
     Raises:
-        ValueError: neither model nor tokenizer is named, or nothing fits.
+        ValueError: neither model nor tokenizer is named, the text cannot be read, or nothing fits.
     """
     if pretrained is None and (tokenizer is None or context is None):
         raise ValueError(
@@ -78,7 +93,7 @@ def documents(
     if context is None:
         config = AutoConfig.from_pretrained(pretrained, trust_remote_code=trust_remote_code)
         context = int(config.max_position_embeddings)
-    generator = TaskGenerator(tokenizer, filler_of(tokenizer))
+    generator = TaskGenerator(tokenizer, filler_of(tokenizer, text))
     rows: list[dict[str, Any]] = []
     for task in tasks_named(name, pairs):
         rows += _rows(task, generator, window, context - SPARE, distances, prompts, seed)
@@ -119,11 +134,13 @@ def _rows(
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """1 where the text begins with the answer, as whole words; over all documents, and over those of its distance."""
+    """1 where the text begins with the answer, as whole words; over all, its distance's, and its pairs' documents."""
     hit = float(re.match(rf"{re.escape(doc['answer'].strip())}(?!\w)", results[0].strip()) is not None)
     metrics = {"exact_match": hit}
     if doc["windows"] in DISTANCES:
         metrics[f"exact_match_x{doc['windows']:g}"] = hit
+    if doc["pairs"] in PAIRS:
+        metrics[f"exact_match_p{doc['pairs']}"] = hit
     return metrics
 
 
