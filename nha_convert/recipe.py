@@ -17,6 +17,7 @@ from .data_settings import DataSettings, SourceSettings
 from .errors import InputError, nearest
 from .recipe_errors import Location, duplicate_keys, line_of, problems
 from .settings import (
+    PAPER_LAYER,
     EvaluateSettings,
     ExportSettings,
     NHASettings,
@@ -218,7 +219,10 @@ def parse_recipe(
     data.setdefault("output", f"runs/{Path(label).stem}")
     given: dict[Location, str] = {}
     for override in overrides:
-        given[apply_override(data, override)] = override
+        place = apply_override(data, override)
+        given[place] = override
+        if place == ("nha", "layer"):  # decides these, whatever stood there; a later override may change them again
+            data["nha"] = {name: value for name, value in data["nha"].items() if name not in PAPER_LAYER}
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:

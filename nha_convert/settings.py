@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StrictBool, field_validator, model_validator
 
@@ -33,10 +33,26 @@ RecallTaskName = Literal[
 ]
 
 
+PAPER_LAYER = {
+    "sinks": 0,
+    "gate": "independent",
+    "tau": 8.0,
+    "gate_init": "key",
+    "slot_query_scale": False,
+    "slot_bias": False,
+    "slot_rotary": False,
+    "mask_empty": False,
+}
+"""Settings of the layer as in the paper (arXiv 2510.07019) and its public code, and of its start."""
+
+
 class NHASettings(Settings):
     """What each attention layer becomes.
 
     Attributes:
+        layer: `own`, or `paper`: what is not given of sinks, gate, tau, gate_init, slot_query_scale, slot_bias,
+            slot_rotary and mask_empty is then as in the paper. `--set nha.layer=...` drops what a recipe gives of
+            them.
         slots: memory slots per key/value head; a number, or one per layer.
         window: exact tokens each query sees, itself included; an int, `full`, or one of these per layer.
         full_attention_layers: layers (from 0) that stay the base model's own attention; `every:N` keeps
@@ -60,6 +76,7 @@ class NHASettings(Settings):
         mask_empty: hide the slots until something was absorbed.
     """
 
+    layer: Literal["own", "paper"] = "own"
     slots: Slots = 64
     window: Window = 64
     full_attention_layers: FullLayers = []
@@ -72,6 +89,11 @@ class NHASettings(Settings):
     slot_bias: StrictBool = True
     slot_rotary: StrictBool = False
     mask_empty: StrictBool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _papers_layer(cls, data: Any) -> Any:
+        return PAPER_LAYER | data if isinstance(data, dict) and data.get("layer") == "paper" else data
 
     @model_validator(mode="after")
     def _routed_reads_text(self) -> NHASettings:

@@ -27,6 +27,7 @@ from nha_convert.recipe import (
 )
 from nha_convert.recipe_choice import BY_SIZE, Sized, choose, choose_for
 from nha_convert.recipes_app import recipes_app
+from nha_convert.settings import PAPER_LAYER
 from tools.recipe_costs import PUBLIC
 
 SMALL = """\
@@ -368,3 +369,23 @@ def test_unknown_names(name: str, said: str) -> None:
         load_recipe(name)
     assert said in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+# ---- the paper's layer ---------------------------------------------------------------------------
+def papers(recipe: Recipe) -> dict[str, object]:
+    return {name: getattr(recipe.nha, name) for name in PAPER_LAYER}
+
+
+def test_the_papers_layer_is_one_setting_away() -> None:
+    assert papers(load_recipe("paper-llama-3-8b")) == PAPER_LAYER
+    assert papers(load_recipe("demo")) != PAPER_LAYER
+    paper = load_recipe("demo", ["nha.gate=routed", "nha.gate_init=attended", "nha.layer=paper"])
+    assert papers(paper) == PAPER_LAYER and paper.nha.window == load_recipe("demo").nha.window
+    assert parse_recipe(dump_recipe(paper), "again.yaml") == paper
+    changed = load_recipe("demo", ["nha.layer=paper", "nha.sinks=2"])
+    assert papers(changed) == PAPER_LAYER | {"sinks": 2}
+    given = parse_recipe(SMALL + "nha: {sinks: 3, layer: paper}\n", "my.yaml")
+    assert papers(given) == PAPER_LAYER | {"sinks": 3}
+    for override in ("~nha.layer", "nha.layer=own"):
+        assert papers(parse_recipe(dump_recipe(paper), "again.yaml", [override])) == papers(small())
+    assert "allowed: own, paper" in complaint(SMALL + "nha: {layer: papr}\n")[0]

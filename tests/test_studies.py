@@ -195,7 +195,9 @@ def test_a_study_that_was_not_run_is_named(studies: Path) -> None:
 def test_recipes_of_the_memory_study(teacher: str, window: str, name: str) -> None:
     protocol = study_memory.PROTOCOLS[name]
     recipe = Recipe.model_validate(study_memory.study_recipe(teacher, window, protocol, 1))
-    assert recipe.seed == 1 and recipe.nha.gate_init == "attended" and recipe.nha.full_attention_layers == []
+    assert recipe.seed == 1 and recipe.nha.full_attention_layers == []
+    assert recipe.nha.gate_init == ("key" if protocol.paper else "attended")
+    assert recipe.nha.slot_bias is recipe.nha.slot_query_scale is not protocol.paper
     drawn = study_memory.RANDOM if window == "random" else None
     assert all(stage.random_windows == drawn for stage in recipe.stages)
     assert sum(stage.tokens for stage in recipe.stages) == protocol.tokens <= 4_000_000
@@ -215,10 +217,10 @@ def test_the_memory_page() -> None:
 def test_readme_tells_what_the_study_of_memory_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [memory_row("embedded", "32", 0.9, [0.1]) | {"protocol": "long"}, memory_row("qwen3", "64", 0.8, [0.1])]
     assert study_memory.readme_rows(rows) == [
-        ["embedded", "32", "0.900 (0.80 to 1.00)", "–", "–"],
-        ["embedded", "64", "–", "–", "–"],
-        ["qwen3", "32", "–", "–", "–"],
-        ["qwen3", "64", "–", "–", "–"],  # `short` is not told
+        ["embedded", "32", "0.900 (0.80 to 1.00)", "–", "–", "–"],
+        ["embedded", "64", "–", "–", "–", "–"],
+        ["qwen3", "32", "–", "–", "–", "–"],
+        ["qwen3", "64", "–", "–", "–", "–"],  # `short` is not told
     ]
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
     (tmp_path / "README.md").write_text("before\n<!-- a -->\nold\n<!-- a -->\nafter\n")

@@ -47,7 +47,8 @@ def _longest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 )
 def memory() -> dict[str, Any]:
     fixed = [row for row in study("memory") if row["window"] != "random"]
-    rows = _longest([row for row in fixed if not PROTOCOLS[row["protocol"]].shared])
+    counted = [name for name, protocol in PROTOCOLS.items() if not (protocol.shared or protocol.paper)]
+    rows = _longest([row for row in fixed if row["protocol"] in counted])
     parts: list[str] = []
     reached: dict[tuple[str, str], dict[str, bool]] = defaultdict(dict)  # by teacher and window, of each protocol
     for row in rows:
@@ -55,7 +56,7 @@ def memory() -> dict[str, Any]:
         protocols = reached[row["teacher"], row["window"]]
         protocols[row["protocol"]] = protocols.get(row["protocol"], True) and good  # every seed counts
     met = len(reached) >= 4 and all(any(protocols.values()) for protocols in reached.values())
-    told = rows + [row for row in fixed if PROTOCOLS[row["protocol"]].shared]  # as many slots in all: not this line
+    told = rows + [row for row in fixed if row["protocol"] not in counted]  # other slots, or the paper's: not this line
     for row in told:
         low, high = row["final"]["interval"] or (math.nan, math.nan)
         positive = sum(one["nll_gain"] > 0 for one in row["layers"])

@@ -245,7 +245,10 @@ def readme_rows(results: dict[str, Any]) -> list[list[str]]:
     def said(values: list[float]) -> str:
         return f"{spread_of(values)}, {len(values)} seed{'s' * (len(values) > 1)}" if values else "–"
 
-    return [[teacher, *(said(cells[(teacher, *cell)]) for cell in TOLD)] for teacher in sorted(results["teachers"])]
+    return [
+        [teacher, *(said(cells[teacher, method, tokens]) for method, tokens in TOLD)]
+        for teacher in sorted(results["teachers"])
+    ]
 
 
 def tokens_given(text: str) -> list[int]:

@@ -37,6 +37,7 @@ from nha_convert.files import write_json, write_text  # noqa: E402
 from nha_convert.gate_inputs import calibrate_gates, calibration_ids  # noqa: E402
 from nha_convert.model_source import resolve_model  # noqa: E402
 from nha_convert.recipe import Recipe, load_recipe  # noqa: E402
+from nha_convert.settings import PAPER_LAYER  # noqa: E402
 from nha_convert.settings_types import NEEDS_TEXT  # noqa: E402
 from nha_convert.train import run_stage  # noqa: E402
 from tools.study_memory import SHARED, TEACHERS  # noqa: E402
@@ -49,19 +50,16 @@ KL = {**HALF, "kind": "distill", "losses": [{"function": "kl"}]}
 WHOLE = {**KL, "learning_rate": 1.0e-3, "gate_learning_rate": 3.0e-3}
 GATES = {**KL, "learning_rate": 3.0e-3, "gate_learning_rate": None, "train": "gates"}
 
-PAPER = {
-    "slot_query_scale": False,
-    "slot_bias": False,
-    "mask_empty": False,
-    "sinks": 0,
-    "tau": 8,
-    "gate_init": "key",
-}
 ROUTED = {"gate": "routed", "slot_rotary": True}
 Variant = tuple[dict[str, Any], list[dict[str, Any]]]
 """Settings of `nha`, where a value may be one for each of TEACHERS by name, and the stages."""
-OBJECTIVES: dict[str, Variant] = {
+BASES: dict[str, Variant] = {
     "alignment": ({}, [ALIGN]),
+    "the paper's layer and start": (PAPER_LAYER, [ALIGN]),
+    "the paper's layer and start, at 3e-2": (PAPER_LAYER, [{**ALIGN, "learning_rate": 3.0e-2}]),
+}
+OBJECTIVES: dict[str, Variant] = {
+    **BASES,
     "far_weight 1": ({}, [{**ALIGN, "far_weight": 1.0}]),
     "memory_weight 0.5": ({}, [{**ALIGN, "memory_weight": 0.5}]),
     "random windows": ({}, [{**ALIGN, "random_windows": [8, 16, 32, 64, 128]}]),
@@ -72,12 +70,10 @@ OBJECTIVES: dict[str, Variant] = {
     "hidden, gates and LoRA": ({}, [HALF, {k: v for k, v in WHOLE.items() if k != "losses"} | {"kind": "hidden"}]),
 }
 EXTENSIONS: dict[str, Variant] = {
-    "alignment": ({}, [ALIGN]),
+    **BASES,
     "scale alone": ({"slot_bias": False}, [ALIGN]),
     "bias alone": ({"slot_query_scale": False}, [ALIGN]),
     "neither": ({"slot_query_scale": False, "slot_bias": False}, [ALIGN]),
-    "the paper's layer and start": (PAPER, [ALIGN]),
-    "the paper's layer and start, at 3e-2": (PAPER, [{**ALIGN, "learning_rate": 3.0e-2}]),
     "no sinks": ({"sinks": 0}, [ALIGN]),
     "32 slots": ({"slots": 32}, [ALIGN]),
     "128 slots": ({"slots": 128}, [ALIGN]),

@@ -80,7 +80,7 @@ class StageJob:
         """A digest of every setting that the trained weights depend on."""
         stages = [stage.model_dump(mode="json", exclude={"name", "save_steps"}) for stage in self.recipe.stages]
         data = self.recipe.data.model_dump(mode="json", exclude={"workers", "cache"})
-        nha = self.recipe.nha.model_dump(mode="json")
+        nha = self.recipe.nha.model_dump(mode="json", exclude={"layer"})  # the others say what it stands for
         parts = [
             self.recipe.model,
             self.recipe.seed,

@@ -17,6 +17,7 @@ from stages import make_recipe, train
 
 from nha_convert.errors import InputError, WorkError
 from nha_convert.recipe import Recipe
+from nha_convert.settings import PAPER_LAYER
 from nha_convert.train import checkpoints, trainer
 from nha_convert.train.job import StageJob
 from nha_convert.train.random_state import random_state, set_random_state
@@ -66,6 +67,7 @@ def test_folders_from_before_a_setting_are_gone_on_with(tmp_path: Path) -> None:
         return StageJob(Recipe.model_validate(fields | {"nha": nha | changes}), 0, tmp_path, True).identity()
 
     assert digest() == "8172647ca78ab321"
+    assert digest(layer="paper", gate_init="key") == digest(**PAPER_LAYER) != digest()
     assert len({digest(), digest(slot_rotary=True), digest(gate_init="attended"), digest(**ROUTED)}) == 4
 
 
