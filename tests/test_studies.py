@@ -217,10 +217,10 @@ def test_the_memory_page() -> None:
 def test_readme_tells_what_the_study_of_memory_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [memory_row("embedded", "32", 0.9, [0.1]) | {"protocol": "long"}, memory_row("qwen3", "64", 0.8, [0.1])]
     assert study_memory.readme_rows(rows) == [
-        ["embedded", "32", "0.900 (0.80 to 1.00)", "–", "–", "–"],
-        ["embedded", "64", "–", "–", "–", "–"],
-        ["qwen3", "32", "–", "–", "–", "–"],
-        ["qwen3", "64", "–", "–", "–", "–"],  # `short` is not told
+        ["embedded", "32", "0.900 (0.80 to 1.00)", "–", "–"],
+        ["embedded", "64", "–", "–", "–"],
+        ["qwen3", "32", "–", "–", "–"],
+        ["qwen3", "64", "–", "–", "–"],  # `short` is not told
     ]
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
     (tmp_path / "README.md").write_text("before\n<!-- a -->\nold\n<!-- a -->\nafter\n")

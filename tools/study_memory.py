@@ -79,14 +79,13 @@ PROTOCOLS = {
 }
 PROTOCOLS["shared"] = replace(PROTOCOLS["long"], shared=True)
 PROTOCOLS["routed"] = replace(PROTOCOLS["long"], gate_rate=2e-3, routed=True)
-PROTOCOLS["paper"] = replace(PROTOCOLS["long"], paper=True)
+PROTOCOLS["paper"] = replace(PROTOCOLS["short"], sinks=0, paper=True)
 OWN = [PROTOCOLS[name] for name in ("short", "middle", "long")]
 """Protocols that also train with random windows."""
 TOLD = {
     "long": f"{SLOTS} slots in each layer",
     "routed": "the same, routed gates",
     "shared": "as many in all, shared out by layer",
-    "paper": "the paper's layer and start",
 }
 """Protocols of README's table, with what a reader sees."""
 RUNS = [
