@@ -36,7 +36,7 @@ def calibration_ids(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, quiet
         InputError, WorkError: as `training_dataset`.
     """
     length = recipe.training_length or recipe.evaluate.sequence_length
-    count = calibration_rows(length)
+    count = calibration_rows(length, recipe.nha.gate_init_rows)
     stage: dict[str, Any] = {"kind": "align", "tokens": count * length, "sequence_length": length}
     if recipe.stages:
         stage = recipe.stages[0].model_dump()

@@ -30,7 +30,7 @@ def gates_start(recipe: Recipe, sizes: Dimensions) -> dict[str, Any] | None:
     if nha.gate_init not in NEEDS_TEXT or not any(window is not None for window in windows):
         return None
     length = recipe.training_length or recipe.evaluate.sequence_length
-    tokens = calibration_rows(length) * length
+    tokens = calibration_rows(length, nha.gate_init_rows) * length
     head = sizes.vocabulary * sizes.hidden * (2 - sizes.tied)  # embeddings and head, which the pass has no product of
     flops = 2 * (sizes.active_parameters - head) * tokens
     if nha.gate_init == "attended":

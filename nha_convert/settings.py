@@ -15,6 +15,7 @@ from .settings_types import (
     AUTO,
     DEFAULT_METHOD,
     NEEDS_TEXT,
+    START_ROWS,
     Count,
     CountFromZero,
     FullLayers,
@@ -68,6 +69,8 @@ class NHASettings(Settings):
             (slots write what the teacher attends to from beyond the window, scaled so), `zero`. `clusters`,
             `calibrated` and `attended` run the teacher over some rows of the first stage's text. Not given: `attended`
             in a recipe with stages, `spread` where nothing is trained or layers are trained a few at a time.
+        gate_init_rows: how many rows of text such a start reads, of up to 1,024 tokens (fewer of longer ones), all in
+            one pass of the teacher.
         gate_horizons: shortest and longest horizon in tokens, for `horizons`, `clusters` and `calibrated`.
         slot_query_scale: learn a per-channel scale of the queries that read the slots.
         slot_bias: learn a per-head bias of the slots' scores.
@@ -84,6 +87,7 @@ class NHASettings(Settings):
     gate: Literal["independent", "routed"] = "independent"
     tau: Positive = 8.0
     gate_init: Literal["spread", "key", "zero", "horizons", "clusters", "calibrated", "attended"] = "spread"
+    gate_init_rows: Count = START_ROWS
     gate_horizons: Annotated[list[Annotated[float, Field(gt=1)]], Field(min_length=2, max_length=2)] | None = None
     slot_query_scale: StrictBool = True
     slot_bias: StrictBool = True
@@ -356,6 +360,11 @@ class Recipe(Settings):
     def _gates_start(self) -> Recipe:
         if self.stages and not self.by_layer(0) and "gate_init" not in self.nha.model_fields_set:
             self.__dict__["nha"] = self.nha.model_copy(update={"gate_init": "attended"})
+        if self.nha.gate_init not in NEEDS_TEXT and self.nha.gate_init_rows != START_ROWS:
+            raise ValueError(
+                f"nha.gate_init_rows is read by nha.gate_init {', '.join(NEEDS_TEXT)}, found {self.nha.gate_init}; "
+                "remove one"
+            )
         return self
 
     @model_validator(mode="after")

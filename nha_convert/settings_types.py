@@ -111,15 +111,15 @@ def size_text(value: Any) -> str:
 
 NEEDS_TEXT = ("clusters", "calibrated", "attended")
 """Starts of gates that look at what the layers see: the model has to be in memory and to run."""
-CLUSTER_SEQUENCES = 32
-"""Rows of text whose tokens such a start looks at, at most."""
-CLUSTER_TOKENS = 32_768
-"""Their tokens, at most, beyond one row."""
+START_ROWS = 32
+"""Rows of text that such a start looks at, unless told otherwise."""
+START_LENGTH = 1024
+"""Tokens of a row above which fewer rows are read, at least one."""
 
 
-def calibration_rows(length: int) -> int:
-    """Rows of so many tokens that gates start from."""
-    return max(1, min(CLUSTER_SEQUENCES, CLUSTER_TOKENS // length))
+def calibration_rows(length: int, rows: int) -> int:
+    """How many rows of so many tokens gates start from: `nha.gate_init_rows`, fewer where rows are long."""
+    return max(1, min(rows, rows * START_LENGTH // length))
 
 
 Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]

@@ -24,7 +24,7 @@ from nha_convert.modeling.attention_nha import nha_layers, teacher_mode
 from nha_convert.pipeline import Job
 from nha_convert.recipe import Recipe
 from nha_convert.settings import NHASettings
-from nha_convert.settings_types import CLUSTER_SEQUENCES, CLUSTER_TOKENS, NEEDS_TEXT
+from nha_convert.settings_types import NEEDS_TEXT, START_LENGTH, START_ROWS, calibration_rows
 from nha_convert.streamed import load_streamed
 from nha_convert.swap import swap_checkpoint
 from nha_convert.train.engine import Engine
@@ -96,9 +96,7 @@ def test_k_means_finds_planted_clusters() -> None:
 @pytest.mark.parametrize("tau", [2.0, 8.0])
 def test_slots_write_their_own_cluster_and_keep_otherwise(tau: float) -> None:
     hidden, keys, key_weight, truth = planted()
-    weight, bias = cluster_gates(
-        hidden, keys, key_weight, slots=6, tau=tau, horizons=(16.0, 256.0), seed=0
-    )
+    weight, bias = cluster_gates(hidden, keys, key_weight, slots=6, tau=tau, horizons=(16.0, 256.0), seed=0)
     strength = write_strength(log_decay_from_logits(hidden @ weight.T + bias, tau))  # [n,M]
     written = torch.stack([strength[truth == place].mean(0) for place in range(6)])  # [cluster,M]
     own = written.argmax(0)
@@ -285,9 +283,17 @@ def test_a_run_keeps_its_gates(pico_llama: Path, text: Path, tmp_path: Path) -> 
 def test_calibration_text(text: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     recipe = recipe_for(text)
     ids = calibration_ids(recipe, tokenizer)
-    assert ids.shape == (CLUSTER_SEQUENCES, 48) and torch.equal(ids, calibration_ids(recipe, tokenizer))
-    assert calibration_ids(recipe_for(text, stages=[]), tokenizer).shape == (CLUSTER_SEQUENCES, 48)
-    long = recipe_for(text, stages=[{"kind": "align", "tokens": 96, "sequence_length": CLUSTER_TOKENS // 4 + 1}])
+    assert ids.shape == (START_ROWS, 48) and torch.equal(ids, calibration_ids(recipe, tokenizer))
+    assert calibration_ids(recipe_for(text, stages=[]), tokenizer).shape == (START_ROWS, 48)
+    more = recipe_for(text, nha={**recipe.nha.model_dump(), "gate_init_rows": START_ROWS + 3})
+    assert torch.equal(calibration_ids(more, tokenizer)[:START_ROWS], ids)
+    assert len(calibration_ids(more, tokenizer)) == START_ROWS + 3
+    assert [calibration_rows(length, 64) for length in (48, 1024, 2048, 10**6)] == [64, 64, 32, 1]
+    with pytest.raises(ValueError, match="gate_init_rows is read by nha.gate_init clusters.*found spread; remove one"):
+        recipe_for(text, nha={"gate_init": "spread", "gate_init_rows": 64})
+    long = recipe_for(
+        text, stages=[{"kind": "align", "tokens": 96, "sequence_length": START_ROWS * START_LENGTH // 4 + 1}]
+    )
     assert long.training_length is not None and len(calibration_ids(long, tokenizer)) == 3
     packed = recipe_for(text, data={**recipe.data.model_dump(), "packing": "documents"})
     assert torch.equal(ids, calibration_ids(packed, tokenizer))

@@ -46,6 +46,9 @@ def test_the_table() -> None:
     lines = table(results, "small")
     assert lines[0] == "| start | 125k | 500k | 1000k | tokens to `key` at 1M |"
     assert lines[2] == "| `key` | – | – | 0.500 | at most 1000k |"
+    results["rows"] += [row(f"attended{rows}", 0, 0.3) for rows in (":1024", "", ":128")]
+    again = [line.split("|")[1].strip() for line in table(results, "small")[2:7]]
+    assert again == ["`key`", "`clusters`", "`attended`", "`attended:128`", "`attended:1024`"]
     assert lines[3] == "| `clusters` | 0.400 | 0.600 (0.500 to 0.700) | – | 250k |"
     assert "| teacher | | 1.00 |" in lines and "| `key` | 1000k | 0.25 |" in lines
 
@@ -86,6 +89,7 @@ def test_a_measured_run_is_not_made_again(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_runs_differ_in_nothing_else() -> None:
     one, other = study_recipe("embedded", "key", 0, 250_000), study_recipe("embedded", "clusters", 1, 250_000)
+    assert study_recipe("embedded", "attended:128", 0, 0).nha.gate_init_rows == 128
     assert one.nha.gate_init == "key" and other.nha.gate_init == "clusters" and other.seed == 1
     assert one.stages == other.stages and one.stages[0].tokens == 250_000 and one.data == other.data
     assert one.nha.slots == 64 and one.nha.window == 32 and one.nha.windows(4) == [32] * 4

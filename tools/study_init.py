@@ -2,6 +2,7 @@
 
     python tools/study_init.py TEACHER...                      all methods, seeds and budgets (hours on one core)
     python tools/study_init.py TEACHER --methods key,spread --seeds 0 --tokens 0,250k
+    python tools/study_init.py TEACHER --methods attended:128  a start from 128 rows of text (nha.gate_init_rows)
     python tools/study_init.py                                 only writes the table of what was measured
 
 TEACHER is a folder, a Hub id or `embedded`. Each run is `recipes/align-only.yaml` with M 64, W 32, every layer NHA and
@@ -58,11 +59,12 @@ TOLD = (("key", 250_000), ("key", 1_000_000), ("attended", 250_000), ("attended"
 
 
 def study_recipe(teacher: str, method: str, seed: int, tokens: int) -> Recipe:
-    """align-only with a teacher, a start, a seed and a budget."""
+    """align-only with a teacher, a start (`attended`, or `attended:128` from so many rows), a seed and a budget."""
     recipe = load_recipe("align-only")
     fields = recipe.model_dump()
     fields |= {"model": teacher, "seed": seed}
-    fields["nha"] |= {"gate_init": method}
+    name, _, rows = method.partition(":")
+    fields["nha"] |= {"gate_init": name} | ({"gate_init_rows": int(rows)} if rows else {})
     fields["stages"][0] |= {"tokens": max(tokens, 1)}
     fields["runtime"] |= {"threads": torch.get_num_threads()}
     return Recipe.model_validate(fields)
@@ -116,7 +118,7 @@ class Study:
         started = time.perf_counter()
         recipe = study_recipe(self.teacher, method, seed, tokens)
         model = load_student(self.folder, recipe.nha, dtype=torch.float32, seed=seed, length=recipe.training_length)
-        if method in NEEDS_TEXT:
+        if recipe.nha.gate_init in NEEDS_TEXT:
             ids = calibration_ids(recipe, self.tokenizer)
             calibrate_gates(model, recipe.nha, ids, seed=seed)
         start = time.perf_counter() - started
@@ -161,6 +163,11 @@ class Study:
             keep(teachers={self.name: {"nll": row["nll"], "recall": recall}})
 
 
+def _rows(method: str) -> int:
+    """Rows of text that a method's name asks for; 0 where it has the default."""
+    return int(method.partition(":")[2] or 0)
+
+
 # ---- the table ---------------------------------------------------------------------------------------
 def spread_of(values: list[float], form: str = ".3f") -> str:
     """Mean, and where there is more than one value, their range."""
@@ -191,7 +198,8 @@ def table(results: dict[str, Any], teacher: str) -> list[str]:
         if row["teacher"] == teacher:
             cells[row["method"], row["tokens"]].append(row)
     budgets = sorted({tokens for _, tokens in cells})
-    methods = [method for method in METHODS if any(found == method for found, _ in cells)]
+    measured = {method for method, _ in cells}
+    methods = sorted(measured, key=lambda method: (METHODS.index(method.partition(":")[0]), _rows(method)))
     recoveries = {key: [row["recovery"] for row in rows] for key, rows in cells.items()}
     curves = {
         method: {tokens: sum(v) / len(v) for (name, tokens), v in recoveries.items() if name == method}

@@ -77,7 +77,7 @@ def check_slot_counts(request: SearchRequest, length: int) -> None:
             "raise search.sequence_length or lower nha.window"
         )
     row = request.recipe.training_length or request.recipe.evaluate.sequence_length
-    tokens = calibration_rows(row) * max(0, row - nha.sinks)
+    tokens = calibration_rows(row, nha.gate_init_rows) * max(0, row - nha.sinks)
     if counts[-1] > tokens:
         raise InputError(f"--slots {named}: gates start from {tokens} tokens, fewer than {counts[-1]}; lower it")
     least = request.slots_bytes([counts[0]] * request.sizes.layers)

@@ -69,6 +69,7 @@ def test_folders_from_before_a_setting_are_gone_on_with(tmp_path: Path) -> None:
     assert digest() == "8172647ca78ab321"
     assert digest(layer="paper", gate_init="key") == digest(**PAPER_LAYER) != digest()
     assert len({digest(), digest(slot_rotary=True), digest(gate_init="attended"), digest(**ROUTED)}) == 4
+    assert digest(gate_init="attended", gate_init_rows=64) != digest(gate_init="attended")
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, index: int, step: int) -> None:
