@@ -31,7 +31,7 @@ def calibration_ids(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, quiet
 
     Returns:
         int64 [N, T]: windows of the stage's length, or of `evaluate.sequence_length` where nothing is trained; N is
-        `calibration_rows`.
+        `calibration_rows`, also where the stage itself reads fewer; a text that is shorter is read again.
     Raises:
         InputError, WorkError: as `training_dataset`.
     """
@@ -70,7 +70,7 @@ def calibrate_gates(model: Any, nha: NHASettings, ids: torch.Tensor, *, seed: in
     if tokens < most:
         raise InputError(
             f"nha.gate_init {method} looks at {tokens} tokens behind the sinks, fewer than nha.slots = {most}; "
-            "raise stages.0.sequence_length or lower nha.slots"
+            "raise nha.gate_init_rows or stages.0.sequence_length, or lower nha.slots"
         )
     training = model.training
     decoder = getattr(model.eval(), model.base_model_prefix)

@@ -15,12 +15,11 @@ from .gpus import SHARE, Machine
 from .model_files import check_family, check_windows, read_config
 from .plan_fit import fit
 from .plan_start import gates_start
-from .quantities import count, size
+from .quantities import BYTES, count, size
 from .recipe import NHASettings, Recipe
 from .weights.config_check import size_problems
 from .weights.weight_files import refuse
 
-BYTES = {"float32": 4, "bfloat16": 2}
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 Cost = Callable[[Recipe, int], dict[str, int]]
 Time = Callable[[Recipe, int, Machine], dict[str, Any]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .quantities import BYTES
 from .recipe import Recipe
 from .settings_types import NEEDS_TEXT, calibration_rows
 
@@ -23,7 +24,8 @@ def gates_start(recipe: Recipe, sizes: Dimensions) -> dict[str, Any] | None:
     Args:
         recipe: whose full layers are named.
     Returns:
-        {"method", "tokens", "flops"}; None where gates start without text.
+        {"method", "tokens", "flops", "bytes"}; None where gates start without text. The bytes are those of the states
+        before and after a layer, and of its queries, keys, values and heads' outputs, which are there at once.
     """
     nha = recipe.nha
     windows = nha.windows(sizes.layers)
@@ -37,4 +39,6 @@ def gates_start(recipe: Recipe, sizes: Dimensions) -> dict[str, Any] | None:
         slots = sum(own for window, own in zip(windows, nha.slots_by_layer(sizes.layers)) if window is not None)
         written = sum(window is not None for window in windows) if nha.gate == "routed" else 0  # write_proj's rows
         flops += 4 * tokens * sizes.hidden * sizes.groups * (slots + written) * EVALUATIONS
-    return {"method": nha.gate_init, "tokens": tokens, "flops": flops}
+    channels = 2 * sizes.hidden + 2 * (sizes.heads + sizes.groups) * sizes.head_dim
+    held = tokens * channels * BYTES[recipe.runtime.dtype]
+    return {"method": nha.gate_init, "tokens": tokens, "flops": flops, "bytes": held}

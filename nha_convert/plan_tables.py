@@ -22,7 +22,8 @@ def render_plan(plan: dict[str, Any]) -> Group:
     start = plan["gates_start"]
     if start is not None:
         text = f"; gates start `{start['method']}` from {count(start['tokens'])} tokens"
-        facts.append(f"{text} ({start['flops'] / 1e15:.2g} PFLOP before the first stage)")
+        least = f"at least {size(start['bytes'])} of activations"
+        facts.append(f"{text} ({start['flops'] / 1e15:.2g} PFLOP before the first stage, {least})")
     notes = [Text(f"note: {note}") for note in plan["notes"]]
     return Group(head, facts, _layer_table(plan), *_stage_table(plan), *_hours(plan), _cache_table(plan), *notes)
 

@@ -22,6 +22,7 @@ NOT_COMPARED = (
     *("runtime.micro_batch", "runtime.gradient_checkpointing", "runtime.compile", "runtime.cpu_offload"),
     *("runtime.layers_at_once", "runtime.cached_tokens", "runtime.rank_timeout", "runtime.report_to"),
     *("data.workers", "data.cache"),
+    "nha.layer",  # the settings that it stands for are compared
 )
 """Settings that may differ when a run goes on."""
 

@@ -1,6 +1,9 @@
-"""Numbers as a reader wants them."""
+"""Numbers as a reader wants them, and what a number takes."""
 
 from __future__ import annotations
+
+BYTES = {"float32": 4, "bfloat16": 2}
+"""Of one number, by dtype."""
 
 
 def count(number: int) -> str:

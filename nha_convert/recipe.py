@@ -17,7 +17,6 @@ from .data_settings import DataSettings, SourceSettings
 from .errors import InputError, nearest
 from .recipe_errors import Location, duplicate_keys, line_of, problems
 from .settings import (
-    PAPER_LAYER,
     EvaluateSettings,
     ExportSettings,
     NHASettings,
@@ -25,6 +24,7 @@ from .settings import (
     RuntimeSettings,
     SearchSettings,
 )
+from .settings_types import OF_GATE_INIT, PAPER_LAYER
 from .stage_settings import AlignStage, DistillStage, FinetuneStage, HiddenStage, LoraSettings, LossSettings
 
 __all__ = [
@@ -217,12 +217,10 @@ def parse_recipe(
     twice = [f"{label}:{line}: {key}: stands twice; keep one" for line, key in duplicate_keys(node)]
     data.update(defaults or {})
     data.setdefault("output", f"runs/{Path(label).stem}")
+    _make_room_for_layer(data, overrides)
     given: dict[Location, str] = {}
     for override in overrides:
-        place = apply_override(data, override)
-        given[place] = override
-        if place == ("nha", "layer"):  # decides these, whatever stood there; a later override may change them again
-            data["nha"] = {name: value for name, value in data["nha"].items() if name not in PAPER_LAYER}
+        given[apply_override(data, override)] = override
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -231,6 +229,16 @@ def parse_recipe(
     if twice:
         raise InputError("\n".join(twice))
     return recipe
+
+
+def _make_room_for_layer(data: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
+    """Drops what the text has of the settings that an override of `nha.layer` decides; other overrides stay."""
+    asked = [override for override in overrides if override.removeprefix("~").partition("=")[0] == "nha.layer"]
+    nha = data.get("nha")
+    if not asked or not isinstance(nha, dict):
+        return
+    if "paper" in (nha.get("layer"), asked[-1].partition("=")[2].strip(" '\"")):
+        data["nha"] = {name: value for name, value in nha.items() if name not in (*PAPER_LAYER, *OF_GATE_INIT)}
 
 
 def _where(place: Location, given: dict[Location, str], label: str, node: yaml.Node | None) -> str:

@@ -13,7 +13,7 @@ from nha_convert.report_svg import MARKERS, OTHER, SERIES, axes_of, inline_svg, 
 
 BY_POSITION = {
     "nll": ("NLL (nats)", "Negative log likelihood"),
-    "kl": ("KL to the teacher (nats)", "KL divergence from the teacher's prediction"),
+    "kl": ("KL to the teacher (nats)", "KL divergence of the teacher's prediction from the model's"),
     "top1": ("same most likely token", "Share of tokens with the teacher's most likely one"),
 }
 """Metric of eval.json -> its axis, and what it is."""

@@ -15,6 +15,7 @@ from .settings_types import (
     AUTO,
     DEFAULT_METHOD,
     NEEDS_TEXT,
+    PAPER_LAYER,
     START_ROWS,
     Count,
     CountFromZero,
@@ -34,26 +35,13 @@ RecallTaskName = Literal[
 ]
 
 
-PAPER_LAYER = {
-    "sinks": 0,
-    "gate": "independent",
-    "tau": 8.0,
-    "gate_init": "key",
-    "slot_query_scale": False,
-    "slot_bias": False,
-    "slot_rotary": False,
-    "mask_empty": False,
-}
-"""Settings of the layer as in the paper (arXiv 2510.07019) and its public code, and of its start."""
-
-
 class NHASettings(Settings):
     """What each attention layer becomes.
 
     Attributes:
         layer: `own`, or `paper`: what is not given of sinks, gate, tau, gate_init, slot_query_scale, slot_bias,
-            slot_rotary and mask_empty is then as in the paper. `--set nha.layer=...` drops what a recipe gives of
-            them.
+            slot_rotary and mask_empty is then as in the paper. `--set nha.layer=paper` drops what a recipe gives of
+            them; a further `--set` changes them again.
         slots: memory slots per key/value head; a number, or one per layer.
         window: exact tokens each query sees, itself included; an int, `full`, or one of these per layer.
         full_attention_layers: layers (from 0) that stay the base model's own attention; `every:N` keeps
@@ -79,7 +67,7 @@ class NHASettings(Settings):
         mask_empty: hide the slots until something was absorbed.
     """
 
-    layer: Literal["own", "paper"] = "own"
+    layer: Annotated[Literal["own", "paper"], Field(frozen=True)] = "own"
     slots: Slots = 64
     window: Window = 64
     full_attention_layers: FullLayers = []
@@ -103,9 +91,10 @@ class NHASettings(Settings):
     def _routed_reads_text(self) -> NHASettings:
         if self.gate == "routed" and self.gate_init != "attended":
             if "gate_init" in self.model_fields_set:
+                of_paper = " of layer: paper" if self.layer == "paper" else ""
                 raise ValueError(
-                    f"gate is routed, which starts from what the teacher attends to, found gate_init {self.gate_init}; "
-                    "set gate_init to attended, or gate to independent"
+                    f"gate is routed, which starts from what the teacher attends to, found gate_init {self.gate_init}"
+                    f"{of_paper}; set gate_init to attended, or gate to independent"
                 )
             self.__dict__["gate_init"] = "attended"
         return self
@@ -362,8 +351,8 @@ class Recipe(Settings):
             self.__dict__["nha"] = self.nha.model_copy(update={"gate_init": "attended"})
         if self.nha.gate_init not in NEEDS_TEXT and self.nha.gate_init_rows != START_ROWS:
             raise ValueError(
-                f"nha.gate_init_rows is read by nha.gate_init {', '.join(NEEDS_TEXT)}, found {self.nha.gate_init}; "
-                "remove one"
+                f"nha.gate_init_rows is {self.nha.gate_init_rows}, but nha.gate_init {self.nha.gate_init} reads no "
+                f"text; set it to {', '.join(NEEDS_TEXT[:-1])} or {NEEDS_TEXT[-1]}, or remove nha.gate_init_rows"
             )
         return self
 

@@ -117,6 +117,21 @@ START_LENGTH = 1024
 """Tokens of a row above which fewer rows are read, at least one."""
 
 
+PAPER_LAYER = {
+    "sinks": 0,
+    "gate": "independent",
+    "tau": 8.0,
+    "gate_init": "key",
+    "slot_query_scale": False,
+    "slot_bias": False,
+    "slot_rotary": False,
+    "mask_empty": False,
+}
+"""Settings of the layer as in the paper (arXiv 2510.07019) and its public code, and of its start."""
+OF_GATE_INIT = ("gate_horizons", "gate_init_rows")
+"""Settings of `nha` that some starts of gates read and the paper's does not."""
+
+
 def calibration_rows(length: int, rows: int) -> int:
     """How many rows of so many tokens gates start from: `nha.gate_init_rows`, fewer where rows are long."""
     return max(1, min(rows, rows * START_LENGTH // length))

@@ -289,7 +289,7 @@ def test_calibration_text(text: Path, tokenizer: PreTrainedTokenizerFast) -> Non
     assert torch.equal(calibration_ids(more, tokenizer)[:START_ROWS], ids)
     assert len(calibration_ids(more, tokenizer)) == START_ROWS + 3
     assert [calibration_rows(length, 64) for length in (48, 1024, 2048, 10**6)] == [64, 64, 32, 1]
-    with pytest.raises(ValueError, match="gate_init_rows is read by nha.gate_init clusters.*found spread; remove one"):
+    with pytest.raises(ValueError, match="gate_init_rows is 64, but nha.gate_init spread reads no text; set it to cl"):
         recipe_for(text, nha={"gate_init": "spread", "gate_init_rows": 64})
     long = recipe_for(
         text, stages=[{"kind": "align", "tokens": 96, "sequence_length": START_ROWS * START_LENGTH // 4 + 1}]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from nha_kernels.state import NHAState
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -110,6 +111,12 @@ def test_plan_of_the_start_of_gates(pico_llama: Path) -> None:
     assert recipe.nha.gate_init == "attended"
     start = make_plan(recipe, nothing)["gates_start"]
     assert (start["method"], start["tokens"]) == ("attended", 32 * 64)
+    more = make_plan(recipe_of(pico_llama, "nha.gate_init_rows=64"), nothing)["gates_start"]
+    assert more["tokens"] == 64 * 64 and more["bytes"] == 2 * start["bytes"]
+    config = AutoConfig.from_pretrained(pico_llama)
+    heads = config.num_attention_heads + config.num_key_value_heads
+    channels = 2 * (config.hidden_size + heads * (config.hidden_size // config.num_attention_heads))
+    assert start["bytes"] == 32 * 64 * channels * 4
     one_pass = make_plan(recipe_of(pico_llama, "nha.gate_init=clusters"), nothing)["gates_start"]["flops"]
     decoder = AutoModelForCausalLM.from_pretrained(pico_llama).model
     weights = sum(tensor.numel() for tensor in decoder.parameters()) - decoder.embed_tokens.weight.numel()
@@ -491,6 +498,12 @@ def test_output_folder(pico_llama: Path, tmp_path: Path) -> None:
         check_output(recipe, out, resume=False)
     check_output(recipe, out, resume=True)
     check_output(recipe_of(pico_llama, "output=elsewhere", "runtime.threads=3"), out, resume=True)
+    papers = recipe_of(pico_llama, "nha.layer=paper")
+    older = {name: value for name, value in papers.nha.model_dump(mode="json").items() if name != "layer"}
+    kept = papers.model_dump(mode="json") | {"nha": older}
+    (out / "recipe.yaml").write_text(yaml.safe_dump(kept))  # of before the setting
+    check_output(papers, out, resume=True)
+    (out / "recipe.yaml").write_text(dump_recipe(recipe))
     with pytest.raises(InputError) as caught:
         check_output(recipe_of(pico_llama, "nha.slots=32", "~stages.1"), out, resume=True)
     said = str(caught.value)

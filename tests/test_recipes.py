@@ -27,7 +27,7 @@ from nha_convert.recipe import (
 )
 from nha_convert.recipe_choice import BY_SIZE, Sized, choose, choose_for
 from nha_convert.recipes_app import recipes_app
-from nha_convert.settings import PAPER_LAYER
+from nha_convert.settings_types import PAPER_LAYER
 from tools.recipe_costs import PUBLIC
 
 SMALL = """\
@@ -379,13 +379,20 @@ def papers(recipe: Recipe) -> dict[str, object]:
 def test_the_papers_layer_is_one_setting_away() -> None:
     assert papers(load_recipe("paper-llama-3-8b")) == PAPER_LAYER
     assert papers(load_recipe("demo")) != PAPER_LAYER
-    paper = load_recipe("demo", ["nha.gate=routed", "nha.gate_init=attended", "nha.layer=paper"])
+    paper = load_recipe("demo", ["nha.layer=paper"])
     assert papers(paper) == PAPER_LAYER and paper.nha.window == load_recipe("demo").nha.window
     assert parse_recipe(dump_recipe(paper), "again.yaml") == paper
     changed = load_recipe("demo", ["nha.layer=paper", "nha.sinks=2"])
     assert papers(changed) == PAPER_LAYER | {"sinks": 2}
     given = parse_recipe(SMALL + "nha: {sinks: 3, layer: paper}\n", "my.yaml")
     assert papers(given) == PAPER_LAYER | {"sinks": 3}
+    assert papers(load_recipe("demo", ["nha.sinks=2", "nha.layer=paper"])) == PAPER_LAYER | {"sinks": 2}
+    read = "nha: {gate_init: horizons, gate_horizons: [8, 100]}\n"
+    assert papers(parse_recipe(SMALL + read, "my.yaml", ["nha.layer=paper"])) == PAPER_LAYER
     for override in ("~nha.layer", "nha.layer=own"):
+        assert load_recipe("align-only", [override]) == load_recipe("align-only"), "there is nothing to drop"
         assert papers(parse_recipe(dump_recipe(paper), "again.yaml", [override])) == papers(small())
+    with pytest.raises(ValueError, match="frozen"):
+        paper.nha.layer = "own"
+    assert "gate_init key of layer: paper" in complaint(SMALL + "nha: {layer: paper, gate: routed}\n")[0]
     assert "allowed: own, paper" in complaint(SMALL + "nha: {layer: papr}\n")[0]

@@ -216,6 +216,7 @@ def test_the_memory_page() -> None:
 
 def test_readme_tells_what_the_study_of_memory_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [memory_row("embedded", "32", 0.9, [0.1]) | {"protocol": "long"}, memory_row("qwen3", "64", 0.8, [0.1])]
+    rows.append(rows[0] | {"seed": 1, "final": rows[1]["final"]})  # the table is of seed 0
     assert study_memory.readme_rows(rows) == [
         ["embedded", "32", "0.900 (0.80 to 1.00)", "–", "–"],
         ["embedded", "64", "–", "–", "–"],
@@ -226,7 +227,7 @@ def test_readme_tells_what_the_study_of_memory_measured(tmp_path: Path, monkeypa
     (tmp_path / "README.md").write_text("before\n<!-- a -->\nold\n<!-- a -->\nafter\n")
     for value in ("1", "2"):
         readme.write_block("a", ["x", "y"], [["w", value]], "Note.")
-    written = "before\n<!-- a -->\n| x | y |\n|---|---|\n| w | 2 |\n\nNote.\n<!-- a -->\nafter\n"
+    written = "before\n<!-- a -->\n| x | y |\n| --- | --- |\n| w | 2 |\n\nNote.\n<!-- a -->\nafter\n"
     assert (tmp_path / "README.md").read_text() == written
     with pytest.raises(ValueError, match="two markers <!-- b --> are needed, found 0"):
         readme.write_block("b", ["x"], [], "")

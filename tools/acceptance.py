@@ -31,13 +31,13 @@ import tools.acceptance_fidelity
 import tools.acceptance_kernels
 import tools.acceptance_models
 import tools.acceptance_plan
+import tools.acceptance_report
 import tools.acceptance_serving
 import tools.acceptance_swap
 import tools.acceptance_training  # noqa: F401
 from tools.acceptance_base import LINES, ROOT, line
 from tools.acceptance_base import clone as _clone
 from tools.acceptance_base import run as _run
-from tools.check_report import SCHEMES, SIZES, check, find_browser
 from tools.readme import write_block
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -221,24 +221,6 @@ def fidelity() -> dict[str, Any]:
     text = f"NLL {excess:+.2f} %; recall / teacher's " + ", ".join(f"{d}: {s:.2f}" for d, s in share.items())
     met = excess <= 2 and min(share.values()) >= 0.9
     return {"measured": text, "met": met, "values": {"nll_percent": excess, "recall": recall}}
-
-
-@line(
-    "browser",
-    "the demo's report.html in headless Chromium: phone and desktop, light and dark",
-    "no console message, no request; nothing leaves the page or its plot, overlaps, or is too small to read",
-)
-def browser() -> dict[str, Any]:
-    """Needs the run that `demo` keeps, playwright and a Chromium."""
-    found = find_browser()
-    if found is None:
-        raise SystemExit("no Chromium found; install one (Debian: apt-get install chromium)")
-    run = ROOT / "runs" / "acceptance"
-    wrong = check(run / "demo" / "report.html", run / "screenshots", found)
-    version = _run([found, "--version"], ROOT).stdout.split()[1]
-    plots = (run / "demo" / "report.html").read_text(encoding="utf-8").count("<svg")
-    text = f"{len(SIZES) * len(SCHEMES)} views of {plots} plots in Chromium {version}: {len(wrong)} complaints"
-    return {"measured": "; ".join([text, *wrong]), "met": not wrong}
 
 
 @line("align", "all layers NHA, align alone (<= 1M tokens), W = 32: memory recovery", ">= 0.6")

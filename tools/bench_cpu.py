@@ -291,8 +291,8 @@ def write_readme(results: dict[str, Any]) -> None:
         f"Qwen2.5-0.5B's shapes, all layers NHA, M {SLOTS}, W {WINDOW}, bf16, {e['cores']} cores of {e['cpu']}, seed "
         f"0, teacher and student in turns. {counted(results)}"
     )
-    header = ["", "teacher", "NHA", "target", "measured"]
-    write_block("cpu-table", header, table(results), note + " Written by `python tools/bench_cpu.py`.")
+    header, rows = ["", "teacher", "NHA", "target", "measured"], [list(row) for row in table(results)]
+    write_block("cpu-table", header, rows, note + " Written by `python tools/bench_cpu.py`.")
 
 
 if __name__ == "__main__":

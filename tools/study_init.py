@@ -56,6 +56,8 @@ GOAL = 1_000_000
 PAPER = "key"
 TOLD = (("key", 250_000), ("key", 1_000_000), ("attended", 250_000), ("attended", 1_000_000))
 """Starts and budgets of README's table."""
+README_NAMES = {"second": "qwen3"}
+"""Teachers that the other studies call so."""
 
 
 def study_recipe(teacher: str, method: str, seed: int, tokens: int) -> Recipe:
@@ -254,7 +256,7 @@ def readme_rows(results: dict[str, Any]) -> list[list[str]]:
         return f"{spread_of(values)}, {len(values)} seed{'s' * (len(values) > 1)}" if values else "–"
 
     return [
-        [teacher, *(said(cells[teacher, method, tokens]) for method, tokens in TOLD)]
+        [README_NAMES.get(teacher, teacher), *(said(cells[teacher, method, tokens]) for method, tokens in TOLD)]
         for teacher in sorted(results["teachers"])
     ]
 
@@ -290,7 +292,7 @@ def main() -> None:
         header = ["teacher", *(f"`{method}`, {tokens / 1e6:g}M tokens" for method, tokens in TOLD)]
         note = (
             "Memory recovery after alignment alone, 64 slots in each layer, window 32: mean over seeds, and their "
-            "range. `key` is the paper's start, `attended` the default; `second` is the Qwen3. Written by `python "
+            "range. `key` is the paper's start, `attended` the default. Written by `python "
             "tools/study_init.py`."
         )
         write_block("start-table", header, readme_rows(results), note)

@@ -37,8 +37,7 @@ from nha_convert.files import write_json, write_text  # noqa: E402
 from nha_convert.gate_inputs import calibrate_gates, calibration_ids  # noqa: E402
 from nha_convert.model_source import resolve_model  # noqa: E402
 from nha_convert.recipe import Recipe, load_recipe  # noqa: E402
-from nha_convert.settings import PAPER_LAYER  # noqa: E402
-from nha_convert.settings_types import NEEDS_TEXT  # noqa: E402
+from nha_convert.settings_types import NEEDS_TEXT, PAPER_LAYER  # noqa: E402
 from nha_convert.train import run_stage  # noqa: E402
 from tools.study_memory import SHARED, TEACHERS  # noqa: E402
 

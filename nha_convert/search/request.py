@@ -11,7 +11,8 @@ from ..data_settings import SourceSettings
 from ..errors import InputError
 from ..files import read_json_object
 from ..model_files import check_windows, read_config
-from ..plan import BYTES, Dimensions, dimensions_of
+from ..plan import Dimensions, dimensions_of
+from ..quantities import BYTES
 from ..recipe import Recipe, load_recipe, swap_recipe
 from ..settings_types import DEFAULT_METHOD, SEARCH_METHODS
 from ..text_sources import text_files

@@ -79,7 +79,10 @@ def check_slot_counts(request: SearchRequest, length: int) -> None:
     row = request.recipe.training_length or request.recipe.evaluate.sequence_length
     tokens = calibration_rows(row, nha.gate_init_rows) * max(0, row - nha.sinks)
     if counts[-1] > tokens:
-        raise InputError(f"--slots {named}: gates start from {tokens} tokens, fewer than {counts[-1]}; lower it")
+        raise InputError(
+            f"--slots {named}: gates start from {tokens} tokens, fewer than {counts[-1]}; lower it, or raise "
+            "nha.gate_init_rows"
+        )
     least = request.slots_bytes([counts[0]] * request.sizes.layers)
     if request.budget is not None and least > request.budget:
         raise InputError(

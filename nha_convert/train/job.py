@@ -14,11 +14,10 @@ from typing import Any
 
 from ..errors import InputError
 from ..recipe import Recipe
-from ..settings_types import START_ROWS
 from .checkpoints import TRAINED
 from .metrics import MetricsFile
 
-LATER = {"gate": "independent", "slot_rotary": False, "gate_init_rows": START_ROWS}
+LATER = {"gate": "independent", "slot_rotary": False, "gate_init_rows": 32}
 """Settings of `nha` that are younger than the digests in run folders, with what runs did before there was a choice."""
 
 

@@ -17,7 +17,7 @@ from stages import make_recipe, train
 
 from nha_convert.errors import InputError, WorkError
 from nha_convert.recipe import Recipe
-from nha_convert.settings import PAPER_LAYER
+from nha_convert.settings_types import PAPER_LAYER
 from nha_convert.train import checkpoints, trainer
 from nha_convert.train.job import StageJob
 from nha_convert.train.random_state import random_state, set_random_state
