@@ -202,8 +202,9 @@ def page(rows: list[dict[str, Any]]) -> str:
         "most where masking a layer's slots costs `long` most on the text that is measured), gates `attended` "
         f"(`paper`: `key`), {ALIGN // 1000}k tokens of alignment at 1e-2, then distillation (KL, gates and LoRA of "
         "rank 8). Teachers: the embedded Llama and [teacher-qwen3](../../recipes/teacher-qwen3/README.md). `random`: "
-        f"windows of {', '.join(map(str, RANDOM))} drawn per layer and step, measured at 64. Intervals: 95 %, bootstrap "
-        "over windows of held-out text. The mix: 70 % text and 30 % recall documents, as in the held-out text.",
+        f"windows of {', '.join(map(str, RANDOM))} drawn per layer and step, measured at 64. Intervals: 95 %, "
+        "bootstrap over windows of held-out text. The mix: 70 % text and 30 % recall documents, as in the held-out "
+        "text.",
         "",
         *(f"- `{name}`: {protocol}" for name, protocol in PROTOCOLS.items()),
         "",
