@@ -44,7 +44,7 @@ from nha_convert.model_source import resolve_model  # noqa: E402
 from nha_convert.modeling import attention_nha  # noqa: E402
 from nha_convert.modeling.attention_nha import nha_layers  # noqa: E402
 from nha_convert.train import run_stage  # noqa: E402
-from tools.study_training import ALIGN, study_recipe  # noqa: E402
+from tools.study_training import ALIGN, PAPERS, kept, study_recipe  # noqa: E402
 
 OUT = ROOT / "docs" / "studies" / "slot-reads"
 CHUNK = 64
@@ -199,12 +199,19 @@ def recovery(model: Any, text: Tensor, length: int, bos: int | None) -> dict[str
 
 
 # ---- the page -----------------------------------------------------------------------------------------
-def page(rows: list[dict[str, Any]], before: str) -> str:
-    """docs/studies/slot-reads.md: what a person wrote, then the table."""
+def page(rows: list[dict[str, Any]], papers: list[dict[str, Any]], before: str) -> str:
+    """docs/studies/slot-reads.md: what a person wrote, then the table.
+
+    Args:
+        papers: rows of the study of training, of the paper's layer.
+    """
     lines = ["| the slots are read with | seed | recovery: started | aligned | NLL |", "|---" * 5 + "|"]
     for row in sorted(rows, key=lambda row: (list(VARIANTS).index(row["variant"]), row["seed"])):
         cells = [row["variant"], str(row["seed"]), f"{row['started']['recovery']:.3f}"]
         cells += [f"{row['aligned']['recovery']:.3f}", f"{row['aligned']['both']:.4f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    for row in papers:
+        cells = [row["variant"], str(row["seed"]), "–", f"{row['recovery']:.3f}", f"{row['nll']:.4f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return before + "<!-- table: written by tools/study_slot_reads.py -->\n\n" + "\n".join(lines) + "\n"
 
@@ -225,7 +232,8 @@ def main() -> None:
             write_json(path, rows)
             print(f"{name}: {row['started']['recovery']:.3f} -> {row['aligned']['recovery']:.3f}", flush=True)
     text = page_path.read_text(encoding="utf-8") if page_path.exists() else "# Other ways to read the slots\n\n"
-    write_text(page_path, page(rows, text.partition("<!-- table:")[0]))
+    papers = [row for row in kept() if row["variant"] in PAPERS and row["teacher"] == "embedded"]
+    write_text(page_path, page(rows, papers, text.partition("<!-- table:")[0]))
 
 
 if __name__ == "__main__":

@@ -52,11 +52,11 @@ GATES = {**KL, "learning_rate": 3.0e-3, "gate_learning_rate": None, "train": "ga
 ROUTED = {"gate": "routed", "slot_rotary": True}
 Variant = tuple[dict[str, Any], list[dict[str, Any]]]
 """Settings of `nha`, where a value may be one for each of TEACHERS by name, and the stages."""
-BASES: dict[str, Variant] = {
-    "alignment": ({}, [ALIGN]),
+PAPERS: dict[str, Variant] = {
     "the paper's layer and start": (PAPER_LAYER, [ALIGN]),
     "the paper's layer and start, at 3e-2": (PAPER_LAYER, [{**ALIGN, "learning_rate": 3.0e-2}]),
 }
+BASES: dict[str, Variant] = {"alignment": ({}, [ALIGN]), **PAPERS}
 OBJECTIVES: dict[str, Variant] = {
     **BASES,
     "far_weight 1": ({}, [{**ALIGN, "far_weight": 1.0}]),
