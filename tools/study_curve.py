@@ -63,7 +63,8 @@ def measured(name: str, run: Path) -> dict[str, Any]:
         points.append(kept | {"kl_search": point.get("kl"), "gap": row["intervals"]["nll_above_teacher"]} | brief(row))
         print(f"{name}, {point['choice']}, {runs(point['windows'])}: NLL {row['nll']:.4f}", flush=True)
     sizes = {"context": CONTEXT, "search_tokens": found["tokens"], "seed": found["seed"]}
-    return {"name": name, "model": str(recipe.model), **sizes, "teacher": brief(base), "points": points}
+    model = str(recipe.model).removeprefix(f"{ROOT}/")  # no path of this machine in what is kept
+    return {"name": name, "model": model, **sizes, "teacher": brief(base), "points": points}
 
 
 def uniform(request: SearchRequest) -> list[dict[str, Any]]:
