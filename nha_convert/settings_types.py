@@ -117,6 +117,11 @@ START_LENGTH = 1024
 """Tokens of a row above which fewer rows are read, at least one."""
 
 
+def calibration_rows(length: int, rows: int) -> int:
+    """How many rows of so many tokens gates start from: `nha.gate_init_rows`, fewer where rows are long."""
+    return max(1, min(rows, rows * START_LENGTH // length))
+
+
 PAPER_LAYER = {
     "sinks": 0,
     "gate": "independent",
@@ -130,12 +135,6 @@ PAPER_LAYER = {
 """Settings of the layer as in the paper (arXiv 2510.07019) and its public code, and of its start."""
 OF_GATE_INIT = ("gate_horizons", "gate_init_rows")
 """Settings of `nha` that some starts of gates read and the paper's does not."""
-
-
-def calibration_rows(length: int, rows: int) -> int:
-    """How many rows of so many tokens gates start from: `nha.gate_init_rows`, fewer where rows are long."""
-    return max(1, min(rows, rows * START_LENGTH // length))
-
 
 Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
 CountFromZero = Annotated[int, BeforeValidator(_number), Field(ge=0)]
